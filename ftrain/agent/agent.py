@@ -1,0 +1,326 @@
+"""The agent: one for each node. It carries out what `core.node` decides, and tells it what happens.
+
+Everything happens on one event loop; only persisting uses threads. No torch in here: the nursery has it, in its own process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import time
+from collections import deque
+from collections.abc import Coroutine
+
+from ftrain import _native
+from ftrain.agent import environment, pages
+from ftrain.agent.child import Job
+from ftrain.agent.forks import Nursery, NurseryDied
+from ftrain.agent.logs import LogPolicy
+from ftrain.agent.saver import Saver
+from ftrain.agent.workers import FD_NAMES, ArenaFile, WorkerProcess
+from ftrain.control.client import Client
+from ftrain.core import local, node
+from ftrain.core import messages as m
+from ftrain.core.local import Boot
+from ftrain.errors import ExitCode, FtrainError, Refused
+from ftrain.spec import JobSpec
+from ftrain.storage.base import Storage
+
+log = logging.getLogger("ftrain")
+LOG_DRAIN_SECONDS = 2.0
+WAITING_NOTE_SECONDS = 5.0
+
+
+class Agent:
+    """Runs until told to leave; `run` returns the exit code and a summary for the user."""
+
+    def __init__(self, spec: JobSpec, hello: m.Hello, client: Client, storage: Storage) -> None:
+        self._spec = spec
+        self._state = node.State(
+            hello,
+            grace_seconds=spec.grace_seconds,
+            coordinator_wait_seconds=spec.wait_seconds,
+            lost_at=time.monotonic(),
+        )
+        self._client = client
+        self._storage = storage
+        self._loop = asyncio.get_running_loop()
+        self._events: deque[node.Event] = deque()
+        self._busy = False
+        self._done: asyncio.Future[node.Exit] = self._loop.create_future()
+        self._workers: dict[int, WorkerProcess] = {}
+        self._arenas: dict[int, ArenaFile] = {}
+        self._stores: dict[int, int] = {}  # pid -> generation
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._saver = Saver(storage, spec.topology.processes, self._saved)
+        self._nursery = self._new_nursery()
+        self._heartbeat_seconds = 1.0
+        self._last_refusal = ""
+
+    async def run(self) -> node.Exit:
+        _native.set_child_subreaper(True)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self._post, node.Signalled(signal.Signals(number).name))
+        channel = self._spawn(self._client.run(self._hello, self._heard, self._channel_changed))
+        self._spawn(self._beat())
+        try:
+            return await self._done
+        finally:
+            await self._close(channel)
+
+    def finish(self, exit: node.Exit) -> None:
+        """End now, with everything that runs here."""
+        if not self._done.done():
+            self._done.set_result(exit)
+
+    def _new_nursery(self) -> Nursery:
+        nursery = Nursery(self._ended, self._nursery_died)
+        modules = environment.preload(self._spec.program)
+        nursery.start(modules, environment.base(self._spec), str(self._spec.directory))
+        return nursery
+
+    # ------------------------------------------------------------------------------------------------------ events in
+
+    def _post(self, event: node.Event) -> None:
+        """Decide about one event at a time, in order; what carrying out a decision brings up comes after it."""
+        self._events.append(event)
+        if self._busy:
+            return
+        self._busy = True
+        try:
+            while self._events:
+                event = self._events.popleft()
+                where = {rank: worker.where() for rank, worker in self._workers.items() if worker.page_fd >= 0}
+                self._state, actions = node.step(self._state, event, time.monotonic(), where)
+                for action in actions:
+                    self._carry_out(action)
+        finally:
+            self._busy = False
+
+    def _hello(self) -> m.Hello:
+        return node.hello(self._state, {rank: worker.where() for rank, worker in self._workers.items() if worker.page_fd >= 0})
+
+    def _heard(self, message: m.FromCoordinator) -> None:
+        if isinstance(message, m.Welcome):
+            self._heartbeat_seconds = message.heartbeat_seconds
+            self._last_refusal = ""
+        self._post(node.Said(message))
+
+    def _channel_changed(self, error: FtrainError | None) -> None:
+        if self._done.done():
+            return
+        if error is None:
+            self._post(node.Connected())
+            return
+        if isinstance(error, Refused):
+            self.finish(node.Exit(int(error.exit_code), str(error)))
+            return
+        if self._state.connected:
+            log.warning("the coordinator cannot be reached (%s); training goes on, trying again", error)
+        elif str(error) != self._last_refusal and time.monotonic() - self._state.lost_at > WAITING_NOTE_SECONDS:
+            log.info("waiting for the coordinator: %s", error)
+            self._last_refusal = str(error)
+        self._post(node.Disconnected())
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(self._heartbeat_seconds)
+            self._post(node.Beat())
+
+    def _worker_said(self, rank: int, message: local.FromWorker) -> None:
+        self._post(node.WorkerSaid(rank, message))
+
+    def _ended(self, pid: int, code: int, signum: int) -> None:
+        if pid in self._stores:
+            generation = self._stores.pop(pid)
+            self._post(node.StoreDown(generation))
+            return
+        worker = next((one for one in self._workers.values() if one.pid == pid), None)
+        if worker is None:
+            return
+        exit = worker.ended(code, signum, self._worker_said)
+        self._post(node.WorkerExited(exit))
+        self._spawn(worker.logs.drained(LOG_DRAIN_SECONDS))
+
+    def _nursery_died(self, cause: str) -> None:
+        log.warning("%s; its workers ended with it, starting another", cause)
+        for pid in (*self._stores, *(worker.pid for worker in self._workers.values() if worker.pid)):
+            self._ended(pid, 0, int(signal.SIGKILL))
+        if not self._done.done():
+            self._nursery = self._new_nursery()
+
+    def _saved(self, attempt: m.Attempt, rank: int, pack: m.PackRecord | None, cause: str) -> None:
+        event = node.Persisted(attempt, pack) if pack is not None else node.PersistFailed(attempt, rank, cause)
+        with contextlib.suppress(RuntimeError):  # the loop is closed when the agent left in a hurry
+            self._loop.call_soon_threadsafe(self._post, event)
+
+    # ---------------------------------------------------------------------------------------------------- actions out
+
+    def _carry_out(self, action: node.Action) -> None:
+        match action:
+            case node.Send(message):
+                self._client.send(message)
+            case node.Reconnect():
+                self._client.reconnect()
+            case node.Fork(start):
+                self._spawn(self._fork(start))
+            case node.Kill(grace_seconds):
+                self._kill(grace_seconds)
+            case node.ArmPages(attempt, slot, hold, ranks):
+                result = pages.arm({rank: self._workers[rank].page for rank in ranks}, attempt, slot, hold)
+                self._post(node.Armed(attempt, result.ok, result.furthest, result.reached))
+            case node.DisarmPages(attempt, ranks):
+                reached = pages.disarm({rank: self._workers[rank].page for rank in ranks}, attempt)
+                self._post(node.Disarmed(attempt, reached))
+            case node.SetVerdict(attempt, leave, ranks):
+                for rank in ranks:
+                    pages.give_verdict(self._workers[rank].page, attempt, leave)
+            case node.ReleasePages(ranks):
+                for rank in ranks:
+                    pages.release(self._workers[rank].page)
+            case node.Persist(attempt, rank, slot):
+                self._saver.save(attempt, rank, self._workers[rank].arena.arena, slot)
+            case node.CancelPersist(attempt):
+                self._saver.cancel(attempt)
+            case node.HostStore(generation):
+                self._spawn(self._host_store(generation))
+            case node.Show(text, level):
+                log.log(logging.getLevelName(level.upper()), text)
+            case node.Exit():
+                self.finish(action)
+
+    async def _fork(self, start: m.Start) -> None:
+        for worker in self._workers.values():
+            worker.close()
+        self._workers = {}
+        policy = LogPolicy(
+            self._spec.output.directory,
+            self._spec.output.quiet_stdout,
+            self._spec.output.quiet_stderr,
+            self._spec.output.shown,
+        )
+        ranks = range(start.first_rank, start.first_rank + self._spec.topology.processes)
+        for local_rank, rank in enumerate(ranks):
+            arena = self._arena(local_rank, rank)
+            self._workers[rank] = WorkerProcess.prepare(policy, start.generation, rank, local_rank, arena)
+        await asyncio.gather(*(self._fork_one(start, worker) for worker in self._workers.values()))
+
+    def _arena(self, local_rank: int, rank: int) -> ArenaFile:
+        known = self._arenas.get(local_rank)
+        writing = {writer for _, writer in self._state.writing}
+        if known is not None and rank not in writing:
+            return known
+        # A snapshot in the old one is still being persisted: it closes with the last reference to it.
+        self._arenas[local_rank] = ArenaFile(local_rank)
+        return self._arenas[local_rank]
+
+    async def _fork_one(self, start: m.Start, worker: WorkerProcess) -> None:
+        program = self._spec.program
+        boot = Boot(
+            run_id=self._spec.run_id,
+            run_dir=str(self._spec.run_dir),
+            generation=start.generation,
+            rank=worker.rank,
+            local_rank=worker.local_rank,
+            world_size=start.world_size,
+            page_fd=0,
+            arena_fd=0,
+            channel_fd=0,
+            arena_bytes_max=0,
+            checkpoints=not self._spec.checkpoint.off,
+            resume=start.resume,
+            loopback=self._spec.topology.loopback,
+        )
+        job = Job(
+            program.kind,
+            program.target,
+            program.arguments,
+            environment.worker(self._spec, start, worker.rank, worker.local_rank, worker.error_file),
+            str(self._spec.directory),
+            FD_NAMES,
+            boot,
+        )
+        try:
+            pid = await self._nursery.fork(job, worker.fds)
+        except NurseryDied as error:
+            worker.close_worker_ends()
+            report = m.ErrorReport("ftrain.NurseryDied", str(error), "", unix_seconds=time.time())
+            self._post(node.WorkerExited(m.RankExit(worker.rank, worker.local_rank, 0, 1, error=report)))
+            return
+        worker.forked(pid, self._worker_said)
+        self._post(node.Forked(worker.rank, pid))
+        if self._state.stopping or self._state.leave is not None:
+            self._nursery.signal(pid, signal.SIGKILL)  # the order to stop came while it was being forked
+
+    def _kill(self, grace_seconds: float) -> None:
+        for worker in self._state.alive:
+            process = self._workers.get(worker.rank)
+            if process is None or not process.pid:
+                continue
+            if worker.joined or grace_seconds <= 0:
+                self._nursery.signal(process.pid, signal.SIGKILL)
+            else:
+                self._nursery.signal(process.pid, signal.SIGTERM)
+                self._loop.call_later(grace_seconds, self._nursery.signal, process.pid, int(signal.SIGKILL))
+        for pid, generation in self._stores.items():
+            if generation <= self._state.generation:
+                self._nursery.signal(pid, signal.SIGKILL)
+
+    async def _host_store(self, generation: int) -> None:
+        """A listening socket of ours, served by a process of its own: clients may connect before it serves."""
+        address = "127.0.0.1" if self._spec.topology.loopback else ""
+        listening = socket.create_server((address, 0), backlog=4096)
+        with listening, open("/dev/null", "wb") as null:
+            port = listening.getsockname()[1]
+            job = Job(
+                "function",
+                "ftrain.worker.store:host",
+                ("fd:listen", "1"),
+                environment.base(self._spec),
+                str(self._spec.directory),
+                ("stdout", "stderr", "listen"),
+            )
+            try:
+                pid = await self._nursery.fork(job, (null.fileno(), null.fileno(), listening.fileno()))
+            except NurseryDied as error:
+                log.warning("the store of generation %d could not be started: %s", generation, error)
+                self._post(node.StoreDown(generation))
+                return
+        self._stores[pid] = generation
+        self._post(node.StoreUp(generation, self._state.hello.address, port))
+
+    # ------------------------------------------------------------------------------------------------------- the end
+
+    def _spawn(self, coroutine: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        task = self._loop.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_ended)
+        return task
+
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            error = task.exception()
+            if isinstance(error, FtrainError):
+                self.finish(node.Exit(int(error.exit_code), str(error)))
+            else:
+                log.error("the agent failed", exc_info=error)
+                self.finish(node.Exit(int(ExitCode.INTERNAL), f"the agent failed: {error!r}"))
+
+    async def _close(self, channel: asyncio.Task[None]) -> None:
+        """Leave nothing behind: no process, no thread, no socket."""
+        await self._nursery.close()
+        await asyncio.gather(*(worker.logs.drained(LOG_DRAIN_SECONDS) for worker in self._workers.values()))
+        self._client.stop()
+        await asyncio.wait({channel})
+        for task in tuple(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._loop.run_in_executor(None, self._saver.close)
+        for worker in self._workers.values():
+            worker.close()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.remove_signal_handler(number)

@@ -1,0 +1,222 @@
+"""The coordinator's shell: carries out what `core.coordinator` decides. It runs inside node 0's agent or by itself.
+
+It owns the service's socket, the journal's storage and the clock, and nothing else: all that it knows is rebuilt from the journal
+and the agents, so it may die at any moment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from ftrain.agent.report import metrics_text, status
+from ftrain.agent.story import Story
+from ftrain.checkpoint.publish import publish
+from ftrain.checkpoint.retain import remove, sweep
+from ftrain.control.secret import Secret
+from ftrain.control.service import Peer, Service
+from ftrain.core import coordinator, journal, run_state
+from ftrain.core import messages as m
+from ftrain.core.journal import History
+from ftrain.core.run_state import Phase, RunPolicy
+from ftrain.errors import AlreadyExists, FtrainError, NotFound, StorageError, UnknownOutcome
+from ftrain.storage.base import Storage
+
+log = logging.getLogger("ftrain")
+
+
+def read_history(storage: Storage) -> History:
+    """The journal from its beginning. Raises `CorruptCheckpoint` naming the first record that does not hold."""
+    history = History()
+    while True:
+        path = journal.path_of(history.head.sequence + 1)
+        try:
+            data = storage.read(path)
+        except NotFound:
+            return history
+        history = history.after(journal.decode(data, path), journal.digest(data))
+
+
+class CoordinatorHost:
+    """`start` binds and takes the run over; `run` returns the exit code and a summary."""
+
+    def __init__(
+        self,
+        policy: RunPolicy,
+        storage: Storage,
+        secret: Secret,
+        hosts: Sequence[str],
+        port: int,
+        story_directory: Path | None,
+    ) -> None:
+        self._storage = storage
+        self._service = Service(self, secret, hosts, port)
+        self._policy = policy
+        self._peers: dict[str, Peer] = {}
+        self._events: deque[run_state.Event] = deque()
+        self._busy = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._loop = asyncio.get_running_loop()
+        self._done: asyncio.Future[run_state.Exit] = self._loop.create_future()
+        self._journal = ThreadPoolExecutor(1, "ftrain-journal")  # one: its operations keep their order
+        self._files = ThreadPoolExecutor(2, "ftrain-publish")
+        self._story = Story(story_directory)
+        self._state: run_state.State | None = None
+        self._early: list[run_state.Event] = []
+
+    async def start(self) -> int:
+        """Listen, read the journal, take over. Returns the port. Raises `Unavailable` when it cannot listen."""
+        port = await self._service.start()
+        history = await self._loop.run_in_executor(self._journal, read_history, self._storage)
+        live = [body.attempt.path for _, body in history.commits]
+        await self._loop.run_in_executor(self._files, sweep, self._storage, live)
+        self._state = coordinator.initial(self._policy, history, uuid.uuid4().hex)
+        self._post(run_state.Begin())
+        for event in self._early:
+            self._post(event)
+        self._early.clear()
+        return port
+
+    async def run(self) -> run_state.Exit:
+        try:
+            return await self._done
+        finally:
+            await self.close()
+
+    @property
+    def leaving(self) -> bool:
+        """The run is over, and the nodes are being told."""
+        return self._state is not None and self._state.phase in (Phase.CLOSING, Phase.LEAVING)
+
+    async def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        await self._service.close()
+        for pool in (self._journal, self._files):
+            await self._loop.run_in_executor(None, pool.shutdown)
+        self._story.close()
+
+    # ------------------------------------------------------------------------------------------- the service's owner
+
+    def on_open(self, peer: Peer) -> None:
+        self._peers[peer.hello.node] = peer
+
+    def on_message(self, peer: Peer, message: m.FromAgent) -> None:
+        if self._peers.get(peer.hello.node) is peer:
+            self._post(run_state.Received(peer.hello.node, message))
+
+    def on_close(self, peer: Peer, reason: str) -> None:
+        if self._peers.get(peer.hello.node) is peer:
+            del self._peers[peer.hello.node]
+            self._post(run_state.Disconnected(peer.hello.node))
+
+    def status(self) -> Any:
+        return status(self._state, self._story) if self._state is not None else {"phase": "reading the journal"}
+
+    def metrics(self) -> str:
+        return metrics_text(self._state, self._story) if self._state is not None else ""
+
+    # --------------------------------------------------------------------------------------------------- the machine
+
+    def _post(self, event: run_state.Event) -> None:
+        if self._state is None:
+            self._early.append(event)
+            return
+        self._events.append(event)
+        if self._busy:
+            return
+        self._busy = True
+        try:
+            while self._events:
+                event = self._events.popleft()
+                self._state, actions = coordinator.step(self._state, event, time.monotonic(), time.time())
+                for action in actions:
+                    self._carry_out(action)
+        except Exception as error:  # the machine's edge: a bug here must not leave a coordinator that decides nothing
+            log.exception("the coordinator failed")
+            self._finish(run_state.Exit(70, f"the coordinator failed: {error!r}"))
+        finally:
+            self._busy = False
+        self._set_timer()
+
+    def _set_timer(self) -> None:
+        assert self._state is not None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        due = coordinator.wake_at(self._state, time.monotonic())
+        if due != float("inf") and not self._done.done():
+            self._timer = self._loop.call_later(max(0.0, due - time.monotonic()), self._post, run_state.Tick())
+
+    def _carry_out(self, action: run_state.Action) -> None:
+        match action:
+            case run_state.Send(node, message):
+                if node in self._peers:
+                    self._peers[node].send(message)
+            case run_state.Store(request):
+                self._work(self._journal, lambda: run_state.Stored(_store(self._storage, request)))
+            case run_state.Publish():
+                self._work(self._files, lambda: _publish(self._storage, action, self._policy.run_id))
+            case run_state.Discard(attempt):
+                self._files.submit(_discard, self._storage, attempt)
+            case run_state.Exit():
+                self._finish(action)
+            case _:
+                self._story.tell(action)
+
+    def _work(self, pool: ThreadPoolExecutor, work: Callable[[], run_state.Event]) -> None:
+        def run() -> None:
+            event = work()
+            self._loop.call_soon_threadsafe(self._post, event)
+
+        pool.submit(run)
+
+    def _finish(self, exit: run_state.Exit) -> None:
+        if not self._done.done():
+            self._done.set_result(exit)
+
+
+def _store(storage: Storage, request: journal.Create | journal.Read) -> journal.Created | journal.ReadBack:
+    match request:
+        case journal.Create(path, data):
+            try:
+                storage.create(path, data)
+            except AlreadyExists:
+                return journal.Created(path, journal.Outcome.EXISTS)
+            except UnknownOutcome as error:
+                return journal.Created(path, journal.Outcome.UNKNOWN, str(error))
+            except (StorageError, OSError) as error:
+                return journal.Created(path, journal.Outcome.FAILED, str(error))
+            return journal.Created(path, journal.Outcome.CREATED)
+        case journal.Read(path):
+            try:
+                return journal.ReadBack(path, storage.read(path))
+            except NotFound:
+                return journal.ReadBack(path, None)
+            except (StorageError, OSError):
+                return journal.ReadBack(path, None, known=False)
+
+
+def _publish(storage: Storage, action: run_state.Publish, writer: str) -> run_state.Published:
+    try:
+        sha256 = publish(storage, action.attempt, action.world_size, action.packs, writer)
+    except (FtrainError, OSError) as error:
+        return run_state.Published(action.attempt, "", str(error))
+    except Exception as error:  # a thread's edge: the attempt must end one way or the other
+        log.exception("the manifest of %s could not be written", action.attempt)
+        return run_state.Published(action.attempt, "", f"{type(error).__name__}: {error}")
+    return run_state.Published(action.attempt, sha256)
+
+
+def _discard(storage: Storage, attempt: m.Attempt) -> None:
+    try:
+        remove(storage, attempt.path)
+    except (FtrainError, OSError) as error:
+        log.warning("the files of %s could not be removed (%s); the next start of this run will try again", attempt, error)

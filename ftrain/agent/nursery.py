@@ -1,0 +1,233 @@
+"""The nursery: one process on each node that has imported what training needs, and forks workers in milliseconds.
+
+It runs as `python -m ftrain.agent.nursery FD`. It is the workers' parent and a child subreaper: whatever its workers leave
+behind comes back to it and is killed, also when the agent dies and the socket to it closes. It keeps to one thread and
+touches no GPU, because neither survives a fork; a module whose import starts threads is therefore left out.
+
+The agent sends `Fork`, `Signal` and `Sweep`; the nursery answers with `Ready`, `Forked` and `Ended`, one JSON packet each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass, field
+
+import msgspec
+
+from ftrain import _native
+from ftrain.agent import child, proc
+
+PACKET_BYTES_MAX = 1 << 20
+FDS_MAX = 8
+
+
+class Fork(msgspec.Struct, frozen=True, tag="fork"):
+    """Fork a process that does `job`. The packet carries `len(job.fds)` descriptors."""
+
+    id: int
+    job: child.Job
+
+
+class Signal(msgspec.Struct, frozen=True, tag="signal"):
+    pid: int
+    number: int
+
+
+class Sweep(msgspec.Struct, frozen=True, tag="sweep"):
+    """Kill whatever former workers have left behind."""
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """Everything is imported. `left_out` names modules that failed to import or started threads, and why."""
+
+    seconds: float
+    left_out: dict[str, str]
+
+
+class Forked(msgspec.Struct, frozen=True, tag="forked"):
+    id: int
+    pid: int
+    error: str = ""
+
+
+class Ended(msgspec.Struct, frozen=True, tag="ended"):
+    pid: int
+    code: int
+    signal: int
+
+
+class Preload(msgspec.Struct, frozen=True):
+    """What to import before the first fork, in order."""
+
+    modules: tuple[str, ...] = ()
+    left_out: dict[str, str] = {}
+
+
+_COMMAND = msgspec.json.Decoder(Fork | Signal | Sweep)
+
+
+@dataclass(slots=True)
+class _Nursery:
+    agent: socket.socket
+    wakeup: int
+    children: set[int] = field(default_factory=set)
+    job: tuple[child.Job, list[int]] | None = None  # set in a forked child only
+
+    def serve(self) -> tuple[child.Job, list[int]] | None:
+        """Until the agent is gone (returns None) or, in a child, until there is a job to do."""
+        poll = select.poll()
+        poll.register(self.agent, select.POLLIN)
+        poll.register(self.wakeup, select.POLLIN)
+        while True:
+            for fd, _ in poll.poll():
+                if fd == self.wakeup:
+                    os.read(self.wakeup, 4096)
+                    self._reap()
+                elif not self._obey():
+                    return self.job
+
+    def _obey(self) -> bool:
+        packet, fds, _, _ = socket.recv_fds(self.agent, PACKET_BYTES_MAX, FDS_MAX)
+        if not packet:
+            return False
+        match _COMMAND.decode(packet):
+            case Fork(number, job):
+                return self._fork(number, job, fds)
+            case Signal(pid, number):
+                if pid in self.children:  # not reaped yet, so the number still names our child
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, number)
+            case Sweep():
+                self._sweep(None)
+        return True
+
+    def _fork(self, number: int, job: child.Job, fds: list[int]) -> bool:
+        try:
+            pid = os.fork()
+        except OSError as error:
+            self._say(Forked(number, 0, f"cannot fork: {error}"))
+            _close(fds)
+            return True
+        if pid == 0:
+            _native.set_parent_death_signal(signal.SIGKILL)
+            os.setsid()
+            self.agent.close()
+            self.job = (job, fds)
+            return False
+        self.children.add(pid)
+        _close(fds)
+        self._say(Forked(number, pid))
+        return True
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            if pid in self.children:
+                # What it started must not outlive it: a forked data loader would keep its sockets open.
+                self._sweep(pid)
+                self.children.discard(pid)
+                signum = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+                self._say(Ended(pid, 0 if signum else os.WEXITSTATUS(status), signum))
+
+    def _sweep(self, session: int | None) -> None:
+        """Kill orphans: those of one worker's session, or all that belong to no living worker."""
+        for pid in proc.children(os.getpid()):
+            if pid in self.children or (session is not None and proc.session(pid) != session):
+                continue
+            for victim in (pid, *proc.descendants(pid)):
+                _kill(victim)
+
+    def _say(self, message: Ready | Forked | Ended) -> None:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the agent's end is read next, and ends us
+            self.agent.send(msgspec.json.encode(message))
+
+    def extinguish(self) -> None:
+        """Kill every descendant. As a subreaper we get the orphans too, so this ends with none left."""
+        signal.set_wakeup_fd(-1)
+        while True:
+            for pid in proc.descendants(os.getpid()):
+                _kill(pid)
+            try:
+                os.waitpid(-1, 0)
+            except ChildProcessError:
+                return
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def _close(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+def _preload(preload: Preload) -> dict[str, str]:
+    """Import what can be imported without harm. Returns what was left out, and why."""
+    left_out = dict(preload.left_out)
+    for name in preload.modules:
+        if name in left_out:
+            continue
+        before = proc.threads()
+        try:
+            importlib.import_module(name)
+        except (Exception, SystemExit) as error:  # somebody else's module: whatever it raises, the script will meet it again
+            left_out[name] = f"{type(error).__name__}: {error}"
+            continue
+        if proc.threads() > before:
+            left_out[name] = "its import starts threads"
+            # The threads cannot be taken back: begin again without this module.
+            again = msgspec.json.encode(Preload(preload.modules, left_out)).decode()
+            os.execv(sys.executable, [sys.executable, "-m", "ftrain.agent.nursery", sys.argv[1], again])
+    return left_out
+
+
+def main() -> None:
+    agent = socket.socket(fileno=int(sys.argv[1]))
+    os.set_inheritable(agent.fileno(), True)
+    preload = msgspec.json.decode(sys.argv[2], type=Preload)
+    _native.set_child_subreaper(True)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # who signals the whole group gets an answer from the agent
+    started = time.monotonic()
+    left_out = _preload(preload)
+    os.set_inheritable(agent.fileno(), False)
+    gc.collect()
+    gc.freeze()  # shared pages stay shared: the collector must not write into them
+    wakeup_read, wakeup_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(wakeup_write)
+    nursery = _Nursery(agent, wakeup_read)
+    agent.send(msgspec.json.encode(Ready(time.monotonic() - started, left_out)))
+    nursery_pid = os.getpid()
+    job = nursery.serve()
+    if job is None:
+        nursery.extinguish()
+        return
+    signal.set_wakeup_fd(-1)
+    os.close(wakeup_read)
+    os.close(wakeup_write)
+    if os.getppid() != nursery_pid:
+        os._exit(1)  # the nursery died before its death could reach us
+    child.run(*job)
+
+
+if __name__ == "__main__":
+    # Run as the module it is: the child's traceback filter and pickles must find it under its own name.
+    from ftrain.agent import nursery
+
+    nursery.main()

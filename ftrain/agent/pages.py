@@ -1,0 +1,70 @@
+"""The agent's side of the control pages: arming a step so that it cannot be missed, and reading where workers are.
+
+The rule (docs/protocol.md): the agent stores ARMED and then loads STEP; the worker stores STEP and then loads ARMED. Both
+are sequentially consistent, so at least one of them sees the other: a step that this side finds not yet reached will be seen
+as armed by the worker when it gets there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ftrain._native import ControlPage
+from ftrain.core import node
+from ftrain.core.messages import Attempt
+from ftrain.core.page import NO_STEP, Field, Phase
+
+
+@dataclass(frozen=True, slots=True)
+class ArmResult:
+    ok: bool
+    furthest: int
+    reached: frozenset[int]  # when not ok: ranks that may have begun the snapshot before they were disarmed
+
+
+def arm(pages: dict[int, ControlPage], attempt: Attempt, slot: int, hold: bool) -> ArmResult:
+    """Arm `attempt.step` on every page, or on none."""
+    for page in pages.values():
+        page.store(Field.ARMED_SLOT, slot)
+        page.store(Field.ARMED_ATTEMPT, attempt.number)
+        page.store(Field.ARMED_HOLD, int(hold))
+        page.store(Field.ARMED, attempt.step)
+        notify(page)
+    steps = {rank: page.load(Field.STEP) for rank, page in pages.items()}
+    furthest = max(steps.values(), default=NO_STEP)
+    if all(_in_time(pages[rank], done, attempt.step) for rank, done in steps.items()):
+        return ArmResult(True, furthest, frozenset())
+    return ArmResult(False, furthest, disarm(pages, attempt))
+
+
+def _in_time(page: ControlPage, done: int, step: int) -> bool:
+    # At the very last step a worker waits for its snapshot, and sees ARMED however late it comes.
+    return done < step or (done == step == page.load(Field.TOTAL_STEPS) and page.load(Field.PHASE) != Phase.DONE)
+
+
+def disarm(pages: dict[int, ControlPage], attempt: Attempt) -> frozenset[int]:
+    """Take the attempt back. Returns the ranks that may have seen it: those that are at its very boundary."""
+    for page in pages.values():
+        if page.load(Field.ARMED_ATTEMPT) == attempt.number:
+            page.store(Field.ARMED, 0)
+    return frozenset(rank for rank, page in pages.items() if node.may_fill(where(page), attempt.step))
+
+
+def give_verdict(page: ControlPage, attempt: Attempt, leave: bool) -> None:
+    page.store(Field.VERDICT, -attempt.number if leave else attempt.number)
+    notify(page)
+
+
+def release(page: ControlPage) -> None:
+    page.store(Field.RELEASE, 1)
+    notify(page)
+
+
+def notify(page: ControlPage) -> None:
+    page.add(Field.EVENT, 1)
+    page.wake(Field.EVENT)
+
+
+def where(page: ControlPage) -> tuple[int, int]:
+    """Steps finished, and the phase: still readable when the worker is dead."""
+    return page.load(Field.STEP), page.load(Field.PHASE)

@@ -1,0 +1,38 @@
+"""What Linux tells about processes under /proc, as far as a supervisor needs it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def children(pid: int) -> list[int]:
+    """The living (and not yet reaped) direct children of `pid`; none if it is gone."""
+    found: list[int] = []
+    try:
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            found += [int(word) for word in (task / "children").read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):
+        pass
+    return found
+
+
+def descendants(pid: int) -> list[int]:
+    """Children, their children, and so on, parents first."""
+    found = children(pid)
+    for known in found:  # grows while it is walked
+        found += [one for one in children(known) if one not in found]
+    return found
+
+
+def session(pid: int) -> int:
+    """The session of `pid`, 0 if it is gone."""
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return 0
+
+
+def threads() -> int:
+    """How many threads this process has, those of native libraries included."""
+    return len(os.listdir("/proc/self/task"))

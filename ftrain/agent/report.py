@@ -1,0 +1,79 @@
+"""What `ftrain status` and Prometheus are told, drawn from the coordinator's state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ftrain.agent.story import Story
+from ftrain.core.page import Phase as WorkerPhase
+from ftrain.core.run_state import State
+
+
+def status(state: State, story: Story) -> dict[str, Any]:
+    """A JSON-able picture of the run as the coordinator sees it now."""
+    barrier = state.barrier
+    return {
+        "run_id": state.policy.run_id,
+        "phase": state.phase.value,
+        "term": state.term,
+        "generation": state.number,
+        "step": state.furthest,
+        "metrics": story.metrics,
+        "nodes": [_node(state, name) for name in sorted(set(state.nodes) | set(state.members))],
+        "attempt": None
+        if barrier is None
+        else {
+            "step": barrier.attempt.step,
+            "number": barrier.attempt.number,
+            "stage": barrier.stage.value,
+            "waits_for_ranks": sorted(barrier.missing)[:64],
+        },
+        "commits": [
+            {"step": body.attempt.step, "path": body.attempt.path, "bytes": body.payload_bytes, "sequence": sequence}
+            for sequence, body in state.history.commits
+        ],
+        "damaged": [attempt.path for attempt in sorted(state.suspects)],
+        "interruptions": list(story.interruptions),
+        "restarts": state.budget.restarts,
+        "summary": state.summary,
+    }
+
+
+def _node(state: State, name: str) -> dict[str, Any]:
+    node = state.nodes.get(name)
+    member = state.generation.member(name) if state.generation is not None else None
+    return {
+        "node": name,
+        "group_rank": member.group_rank if member is not None else None,
+        "host": node.hello.host if node is not None else None,
+        "pid": node.hello.pid if node is not None else None,
+        "connected": node is not None and node.connected,
+        "ranks": [
+            {
+                "rank": rank.rank,
+                "local_rank": rank.local_rank,
+                "pid": rank.pid,
+                "step": rank.step,
+                "phase": WorkerPhase(rank.phase).name.lower(),
+                "joined": rank.joined,
+                "stall_seconds": rank.stall_seconds,
+            }
+            for rank in state.report(name).ranks
+        ],
+    }
+
+
+def metrics_text(state: State, story: Story) -> str:
+    """Prometheus text format, one family a line pair."""
+    families = [
+        ("ftrain_generation", "gauge", "The present generation.", float(state.number)),
+        ("ftrain_step", "gauge", "Steps finished by the front rank.", float(max(state.furthest, 0))),
+        ("ftrain_nodes_connected", "gauge", "Nodes with a channel.", float(sum(n.connected for n in state.nodes.values()))),
+        ("ftrain_restarts_total", "counter", "Generations started after a failure.", float(state.budget.restarts)),
+        ("ftrain_commits_held", "gauge", "Commits that can be resumed from.", float(len(state.history.commits))),
+        ("ftrain_last_recovery_seconds", "gauge", "Failure to back in the loop.", story.recoveries[-1] if story.recoveries else 0.0),
+    ]
+    lines = [
+        f"# HELP {name} {text}\n# TYPE {name} {kind}\n{name} {value:g}\n" for name, kind, text, value in families
+    ]
+    return "".join(lines)

@@ -1,0 +1,57 @@
+"""Persists sealed snapshots in threads of the agent, so that the training process has no part in it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from ftrain.checkpoint.arena import Arena
+from ftrain.checkpoint.persist import persist
+from ftrain.core.messages import Attempt, PackRecord
+from ftrain.errors import FtrainError
+from ftrain.storage.base import Storage
+
+log = logging.getLogger("ftrain.saver")
+THREADS_MAX = 8
+
+
+class Saver:
+    """One for each agent. Results are delivered by `done(attempt, rank, pack or None, cause)`, from a thread."""
+
+    def __init__(
+        self, storage: Storage, ranks: int, done: Callable[[Attempt, int, PackRecord | None, str], None]
+    ) -> None:
+        self._storage = storage
+        self._done = done
+        self._pool = ThreadPoolExecutor(min(ranks, THREADS_MAX), "ftrain-saver")
+        self._cancelled: dict[Attempt, threading.Event] = {}
+
+    def save(self, attempt: Attempt, rank: int, arena: Arena, slot: int) -> None:
+        cancelled = self._cancelled.setdefault(attempt, threading.Event())
+        self._pool.submit(self._save, attempt, rank, arena, slot, cancelled)
+
+    def cancel(self, attempt: Attempt) -> None:
+        """Give up what is being written of the attempt; each of its ranks still gets its `done`, with no cause."""
+        if attempt in self._cancelled:
+            self._cancelled[attempt].set()
+
+    def forget(self, attempt: Attempt) -> None:
+        self._cancelled.pop(attempt, None)
+
+    def close(self) -> None:
+        for cancelled in self._cancelled.values():
+            cancelled.set()
+        self._pool.shutdown(wait=True)
+
+    def _save(self, attempt: Attempt, rank: int, arena: Arena, slot: int, cancelled: threading.Event) -> None:
+        try:
+            pack = persist(self._storage, attempt, rank, arena, slot, cancelled.is_set)
+        except (FtrainError, OSError) as error:
+            self._done(attempt, rank, None, "" if cancelled.is_set() else str(error))
+        except Exception as error:  # a thread's edge: a bug here must abort the attempt, not strand it
+            log.exception("persisting %s of rank %d failed", attempt, rank)
+            self._done(attempt, rank, None, f"{type(error).__name__}: {error}")
+        else:
+            self._done(attempt, rank, pack, "")

@@ -1,0 +1,92 @@
+"""What the run tells people: lines on the terminal while it goes on, and the same as records in `events.jsonl`."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import msgspec
+
+from ftrain.core.run_state import Action, Interrupted, Log, Measured, Resumed
+
+log = logging.getLogger("ftrain")
+PROGRESS_SECONDS = 2.0
+RECORDS_KEPT = 100
+
+
+class Story:
+    """Writes beside the run, never in its way: a full disk costs the story, not the training."""
+
+    def __init__(self, directory: Path | None) -> None:
+        self._events = _open(directory, "events.jsonl")
+        self._metrics = _open(directory, "metrics.jsonl")
+        self.interruptions: deque[dict[str, Any]] = deque(maxlen=RECORDS_KEPT)
+        self.recoveries: list[float] = []
+        self.metrics: dict[str, float] = {}
+        self.step = -1
+        self._shown_at = 0.0
+
+    def tell(self, action: Action) -> None:
+        match action:
+            case Log(text, level):
+                log.log(logging.getLevelName(level.upper()), text)
+                _write(self._events, {"event": level, "text": text})
+            case Interrupted(failure, generation, furthest, resumes_at):
+                lost = max(0, furthest - resumes_at) if furthest >= 0 else 0
+                log.warning("generation %d interrupted: %s", generation, failure.summary)
+                log.info("starting again from step %d (%d finished step(s) to redo)", resumes_at, lost)
+                record = {
+                    "event": "interruption",
+                    "generation": generation,
+                    "class": failure.kind.value,
+                    "rank": failure.rank,
+                    "node": failure.node,
+                    "summary": failure.summary,
+                    "traceback": failure.traceback,
+                    "resumes_at": resumes_at,
+                    "redone_steps": lost,
+                }
+                self.interruptions.append(record)
+                _write(self._events, record)
+            case Resumed(generation, step, seconds):
+                log.info("generation %d is back in its loop at step %d, %.2f s after the failure", generation, step, seconds)
+                self.recoveries.append(seconds)
+                if self.interruptions:
+                    self.interruptions[-1]["recovery_seconds"] = seconds
+                _write(self._events, {"event": "resumed", "generation": generation, "step": step, "seconds": seconds})
+            case Measured(metrics):
+                self.step, self.metrics = metrics.step, metrics.values
+                _write(self._metrics, {"generation": metrics.generation, "step": metrics.step, **metrics.values})
+                if time.monotonic() - self._shown_at >= PROGRESS_SECONDS:
+                    self._shown_at = time.monotonic()
+                    values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.values.items())
+                    log.info("step %d  %s", metrics.step, values)
+            case _:
+                raise AssertionError(f"not a thing to tell: {action}")
+
+    def close(self) -> None:
+        for file in (self._events, self._metrics):
+            if file is not None:
+                file.close()
+
+
+def _open(directory: Path | None, name: str) -> BinaryIO | None:
+    if directory is None:
+        return None
+    try:
+        return (directory / name).open("ab", buffering=0)
+    except OSError as error:
+        log.warning("%s cannot be written: %s", directory / name, error.strerror)
+        return None
+
+
+def _write(file: BinaryIO | None, record: dict[str, Any]) -> None:
+    if file is None:
+        return
+    try:
+        file.write(msgspec.json.encode({"unix_seconds": round(time.time(), 3), **record}) + b"\n")
+    except OSError as error:
+        log.warning("%s cannot be written: %s", file.name, error.strerror)

@@ -1,0 +1,79 @@
+"""`ftrain coordinator`: the coordinator outside of any node, so that no node's loss takes it along."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ftrain import __version__
+from ftrain.agent.coordinator_host import CoordinatorHost
+from ftrain.cli import options
+from ftrain.cli.running import set_up_logging, write_whereabouts
+from ftrain.control.secret import Secret
+from ftrain.control.service import EVERYWHERE, LOOPBACK
+from ftrain.core.membership import FormationPolicy
+from ftrain.core.run_state import Exit, RunPolicy
+from ftrain.core.supervision import RestartPolicy
+from ftrain.errors import ExitCode
+from ftrain.spec import LOOPBACK_HOSTS
+from ftrain.storage import open_storage
+
+log = logging.getLogger("ftrain")
+
+
+def coordinator(
+    run_dir: Annotated[Path, typer.Option("--run-dir", help="Journal and checkpoints, as the nodes see them.")],
+    secret: Annotated[Path, typer.Option("--secret", help="The run's secret (`ftrain secret FILE`).")],
+    rdzv_endpoint: Annotated[
+        str, typer.Option("--rdzv-endpoint", "--rdzv_endpoint", help="HOST:PORT to serve at, as the nodes give it.")
+    ],
+    nnodes: Annotated[str, typer.Option("--nnodes", help="Number of nodes, or MIN:MAX.")] = "1",
+    rdzv_id: Annotated[str, typer.Option("--rdzv-id", "--rdzv_id", help="Name of the run.")] = "run",
+    max_restarts: Annotated[int | None, typer.Option("--max-restarts", "--max_restarts", help="As in launch.")] = None,
+    checkpoint_every: Annotated[str, typer.Option("--checkpoint-every", help="As in launch.")] = "60s",
+    keep: Annotated[int, typer.Option("--keep", help="As in launch.")] = 2,
+    wait_for_node: Annotated[str, typer.Option("--wait-for-node", help="As in launch.")] = "10m",
+    lease: Annotated[str, typer.Option("--lease", help="As in launch.")] = "10s",
+) -> None:
+    """Serve one run until it is over."""
+    set_up_logging("ftrain coordinator")
+    low, high = options.nodes(nnodes)
+    lease_seconds = options.seconds(lease, "--lease")
+    policy = RunPolicy(
+        run_id=rdzv_id,
+        version=__version__,
+        formation=FormationPolicy(low, high, options.seconds(wait_for_node, "--wait-for-node")),
+        restart=RestartPolicy(max_restarts=max_restarts),
+        checkpoint=options.checkpoints(checkpoint_every, keep),
+        lease_seconds=lease_seconds,
+        heartbeat_seconds=min(1.0, lease_seconds / 5),
+    )
+    host, port = options.endpoint(rdzv_endpoint)
+    directory = options.directory(run_dir, "--run-dir", lambda path: path.mkdir(parents=True, exist_ok=True))
+    exit = asyncio.run(_serve(policy, directory, Secret.load(secret), host, port))
+    log.info("%s", exit.summary.partition("\n")[0])
+    raise typer.Exit(exit.code)
+
+
+async def _serve(policy: RunPolicy, run_dir: Path, secret: Secret, host: str, port: int) -> Exit:
+    hosts = LOOPBACK if host in LOOPBACK_HOSTS else EVERYWHERE
+    service = CoordinatorHost(policy, open_storage(str(run_dir)), secret, hosts, port, run_dir)
+    port = await service.start()
+    write_whereabouts(run_dir, host, port)
+    log.info("serving run %s at %s:%d", run_dir, host, port)
+    stopped = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    running = asyncio.create_task(service.run())
+    await asyncio.wait({running, asyncio.create_task(stopped.wait())}, return_when=asyncio.FIRST_COMPLETED)
+    if running.done():
+        return running.result()
+    # Nothing is lost: the next coordinator reads the journal, and training goes on meanwhile.
+    running.cancel()
+    await asyncio.wait({running})
+    return Exit(int(ExitCode.PREEMPTED), "stopped; start it again to go on serving this run")

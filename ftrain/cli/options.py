@@ -1,0 +1,164 @@
+"""Turns what people type into what the spec holds; every refusal says what was given and what is possible."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+from ftrain.core.schedule import CheckpointPolicy
+from ftrain.errors import UsageError
+
+DEFAULT_PORT = 29500  # torchrun's
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def nodes(text: str) -> tuple[int, int]:
+    """`N` or `MIN:MAX`."""
+    try:
+        low, _, high = text.partition(":")
+        found = int(low), int(high or low)
+    except ValueError:
+        raise UsageError(f"--nnodes {text}: give a number of nodes, or MIN:MAX") from None
+    if not 1 <= found[0] <= found[1]:
+        raise UsageError(f"--nnodes {text}: needs 1 <= MIN <= MAX")
+    return found
+
+
+def processes(text: str) -> int:
+    """`gpu`, `cpu`, `auto` or a number."""
+    if text in ("gpu", "auto", "cpu"):
+        gpus = visible_gpus()
+        if text == "gpu" and gpus == 0:
+            raise UsageError("--nproc-per-node gpu: this node has no NVIDIA GPU that can be seen; use cpu or a number")
+        return gpus if gpus and text != "cpu" else len(os.sched_getaffinity(0))
+    try:
+        found = int(text)
+    except ValueError:
+        raise UsageError(f"--nproc-per-node {text}: give a number, or one of gpu, cpu, auto") from None
+    if found < 1:
+        raise UsageError(f"--nproc-per-node {text}: at least one process is needed")
+    return found
+
+
+def visible_gpus() -> int:
+    """GPUs of this node, counted without starting a driver: the device files, less what CUDA_VISIBLE_DEVICES hides."""
+    count = sum(bool(re.fullmatch(r"nvidia\d+", name)) for name in os.listdir("/dev"))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return count if visible is None else min(count, len([word for word in visible.split(",") if word.strip()]))
+
+
+def endpoint(text: str) -> tuple[str, int]:
+    """`HOST`, `HOST:PORT` or `[IPV6]:PORT`."""
+    match = re.fullmatch(r"\[(?P<six>[0-9a-fA-F:]+)\](?::(?P<p6>\d+))?|(?P<host>[^:\s]+)(?::(?P<p4>\d+))?", text)
+    if match is None:
+        raise UsageError(f"--rdzv-endpoint {text}: give HOST:PORT")
+    port = int(match["p6"] or match["p4"] or DEFAULT_PORT)
+    if not 0 < port < 65536:
+        raise UsageError(f"--rdzv-endpoint {text}: ports go from 1 to 65535")
+    return match["six"] or match["host"], port
+
+
+def seconds(text: str, flag: str) -> float:
+    """`30`, `30s`, `5m` or `1h`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
+    if match is None:
+        raise UsageError(f"{flag} {text}: give a time such as 30s, 5m or 1h")
+    return float(match[1]) * _UNITS[match[2] or "s"]
+
+
+def checkpoints(every: str, keep: int) -> CheckpointPolicy:
+    """`100` (steps), `30s`, `5m`, `1h`, or `off`."""
+    if keep < 1:
+        raise UsageError(f"--keep {keep}: at least the newest commit has to be kept")
+    if every in ("off", "0"):
+        return CheckpointPolicy(every_steps=0, every_seconds=0.0, keep=keep)
+    if every.isdigit():
+        return CheckpointPolicy(every_steps=int(every), every_seconds=0.0, keep=keep)
+    if re.fullmatch(r"\d+(?:\.\d+)?[smh]", every):
+        return CheckpointPolicy(every_steps=0, every_seconds=seconds(every, "--checkpoint-every"), keep=keep)
+    raise UsageError(f"--checkpoint-every {every}: give a number of steps (100), a time (30s, 5m), or off")
+
+
+def streams(text: str, count: int, flag: str) -> tuple[frozenset[int], frozenset[int]]:
+    """torchrun's `0`, `1`, `2`, `3` for all local ranks, or `0:3,1:1` one by one: (stdout ranks, stderr ranks)."""
+    try:
+        if ":" in text:
+            per_rank = {int(rank): int(value) for rank, value in (part.split(":") for part in text.split(","))}
+        else:
+            per_rank = dict.fromkeys(range(count), int(text))
+        if not set(per_rank.values()) <= {0, 1, 2, 3}:
+            raise ValueError
+    except ValueError:
+        raise UsageError(f"{flag} {text}: give 0, 1 (stdout), 2 (stderr), 3 (both), or a map such as 0:3,1:1") from None
+    return (
+        frozenset(rank for rank, value in per_rank.items() if value & 1),
+        frozenset(rank for rank, value in per_rank.items() if value & 2),
+    )
+
+
+def ranks(text: str) -> frozenset[int] | None:
+    """`0,1`; nothing means all."""
+    if not text:
+        return None
+    try:
+        return frozenset(int(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"--local-ranks-filter {text}: give local ranks such as 0,1") from None
+
+
+def rendezvous(text: str) -> dict[str, str]:
+    """torchrun's `--rdzv-conf`: `key=value,key=value`."""
+    try:
+        return dict(_pair(part) for part in text.split(",") if part)
+    except ValueError:
+        raise UsageError(f"--rdzv-conf {text}: give key=value,key=value") from None
+
+
+def _pair(part: str) -> tuple[str, str]:
+    key, equals, value = part.partition("=")
+    if not equals:
+        raise ValueError(part)
+    return key.strip(), value.strip()
+
+
+def directory(path: Path, flag: str, make: Callable[[Path], None]) -> Path:
+    """The directory, made if need be and writable."""
+    try:
+        make(path)
+        probe = path / f".ftrain-write-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(f"{flag} {path}: cannot be written ({error.strerror}); give a directory that can") from None
+    return path.resolve()
+
+
+def is_local(host: str) -> bool:
+    """Whether `host` names this machine: then this node may host the coordinator."""
+    try:
+        addresses = {info[4][0] for info in socket.getaddrinfo(host, None)}
+    except socket.gaierror:
+        return False
+    for address in addresses:
+        family = socket.AF_INET6 if ":" in str(address) else socket.AF_INET
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            try:
+                probe.bind((str(address), 0))
+            except OSError:
+                continue
+            return True
+    return False
+
+
+def own_address(host: str, port: int) -> str:
+    """The address by which the other nodes reach this one: the one from which `host` is reached."""
+    try:
+        info = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(info[0], info[1]) as probe:
+            probe.connect(info[4])
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise UsageError(f"--rdzv-endpoint {host}: cannot be resolved or reached from here ({error})") from None

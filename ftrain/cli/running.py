@@ -1,0 +1,175 @@
+"""Runs one node of a job to its end: the agent, and on node 0 the coordinator beside it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import socket
+import sys
+import time
+import uuid
+from contextlib import suppress
+from pathlib import Path
+
+from ftrain import __version__
+from ftrain.agent.agent import Agent
+from ftrain.agent.coordinator_host import CoordinatorHost
+from ftrain.cli import options
+from ftrain.control.client import Client
+from ftrain.control.secret import Secret
+from ftrain.control.service import EVERYWHERE, LOOPBACK
+from ftrain.core import node
+from ftrain.core import messages as m
+from ftrain.core.membership import FormationPolicy
+from ftrain.core.run_state import RunPolicy
+from ftrain.errors import ExitCode, Unavailable, UsageError
+from ftrain.spec import JobSpec
+from ftrain.storage import open_storage
+
+log = logging.getLogger("ftrain")
+WHEREABOUTS = "coordinator.json"
+SECRET_NAME = "secret.pem"
+
+
+def run_job(spec: JobSpec) -> int:
+    """Run this node; prints how it ended and returns the exit code."""
+    set_up_logging(f"ftrain{'' if spec.topology.single else f' node {spec.topology.node_rank}'}")
+    secret = _secret(spec)
+    continues = (spec.run_dir / "journal").is_dir()
+    log.info("%s %s", "continuing run" if continues else "run directory", spec.run_dir)
+    try:
+        exit = asyncio.run(_run(spec, secret))
+    except KeyboardInterrupt:
+        return int(ExitCode.INTERRUPTED)
+    return _conclude(exit, spec)
+
+
+def set_up_logging(name: str) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(f"%(asctime)s [{name}] %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("ftrain")
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def policy_of(spec: JobSpec) -> RunPolicy:
+    topology = spec.topology
+    formation = FormationPolicy(topology.nodes_min, topology.nodes_max, spec.wait_seconds, spec.last_call_seconds)
+    return RunPolicy(
+        run_id=spec.run_id,
+        version=__version__,
+        formation=formation,
+        restart=spec.restart,
+        checkpoint=spec.checkpoint,
+        lease_seconds=spec.lease_seconds,
+        heartbeat_seconds=min(1.0, spec.lease_seconds / 5),
+        stop_grace_seconds=spec.stop_grace_seconds,
+    )
+
+
+def _secret(spec: JobSpec) -> Secret:
+    if spec.secret_path is not None:
+        return Secret.load(spec.secret_path)
+    path = spec.run_dir / SECRET_NAME
+    return Secret.load(path) if path.exists() else Secret.create(path)
+
+
+def _conclude(exit: node.Exit, spec: JobSpec) -> int:
+    headline, _, details = exit.summary.partition("\n")
+    sys.stdout.flush()
+    if details:
+        print(details.rstrip(), file=sys.stderr)
+    log.log(logging.INFO if exit.code in (0, ExitCode.PREEMPTED) else logging.ERROR, "%s", headline or "done")
+    if exit.code not in (0, ExitCode.UNAVAILABLE, ExitCode.REFUSED, ExitCode.USAGE):
+        log.info("logs and checkpoints are in %s; the same command with --run-dir %s goes on", spec.run_dir, spec.run_dir)
+    return exit.code
+
+
+async def _run(spec: JobSpec, secret: Secret) -> node.Exit:
+    topology = spec.topology
+    host = await _host(spec, secret)
+    address, port = topology.host, topology.port
+    if host is not None:
+        address, port = ("127.0.0.1" if topology.loopback else topology.host), host[1]
+    client = Client(f"[{address}]:{port}" if ":" in address else f"{address}:{port}", secret)
+    agent = Agent(spec, _hello(spec, address, port), client, open_storage(str(spec.run_dir)))
+    agent_task = asyncio.create_task(agent.run())
+    if host is None:
+        return await agent_task
+    host_task = asyncio.create_task(host[0].run())
+    await asyncio.wait({agent_task, host_task}, return_when=asyncio.FIRST_COMPLETED)
+    if not agent_task.done():
+        # The coordinator ended first: its last word to this agent was sent before.
+        with suppress(TimeoutError):
+            return await asyncio.wait_for(asyncio.shield(agent_task), 5)
+        ended = host_task.result()
+        agent.finish(node.Exit(ended.code, ended.summary))
+        return await agent_task
+    # Other nodes are still told that the run is over, if it is.
+    await asyncio.wait({host_task}, timeout=policy_of(spec).goodbye_seconds + 1 if host[0].leaving else 0)
+    if not host_task.done():
+        host_task.cancel()
+        await asyncio.wait({host_task})
+    return agent_task.result()
+
+
+async def _host(spec: JobSpec, secret: Secret) -> tuple[CoordinatorHost, int] | None:
+    """The coordinator, if its place is on this node and nobody else serves there."""
+    topology = spec.topology
+    first = topology.node_rank == 0 or (topology.node_rank < 0 and options.is_local(topology.host))
+    if not first:
+        return None
+    _check_unused(spec.run_dir)
+    hosts = LOOPBACK if topology.loopback else EVERYWHERE
+    storage = open_storage(str(spec.run_dir))
+    host = CoordinatorHost(policy_of(spec), storage, secret, hosts, topology.port, spec.run_dir)
+    try:
+        port = await host.start()
+    except Unavailable as error:
+        # `ftrain coordinator` may serve there: if it is something else, the client will say so.
+        log.info("%s; looking for a coordinator there", error)
+        await host.close()
+        return None
+    write_whereabouts(spec.run_dir, "127.0.0.1" if topology.loopback else topology.host, port)
+    return host, port
+
+
+def write_whereabouts(run_dir: Path, host: str, port: int) -> None:
+    """Where `ftrain status` finds the coordinator; a hint, never trusted."""
+    path = run_dir / WHEREABOUTS
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    found = {"host": host, "port": port, "pid": os.getpid(), "on": socket.gethostname(), "since": time.time()}
+    temporary.write_text(json.dumps(found))
+    temporary.replace(path)
+
+
+def _check_unused(run_dir: Path) -> None:
+    """Two launchers must not share a run by mistake. (If they do all the same, the journal lets only one go on.)"""
+    with suppress(OSError, ValueError, KeyError):
+        found = json.loads((run_dir / WHEREABOUTS).read_text())
+        command = Path(f"/proc/{int(found['pid'])}/cmdline").read_bytes()
+        if found["on"] == socket.gethostname() and b"ftrain" in command and int(found["pid"]) != os.getpid():
+            raise UsageError(
+                f"--run-dir {run_dir}: this run is being served by process {found['pid']} already; "
+                "stop that first, or give another directory"
+            )
+
+
+def _hello(spec: JobSpec, address: str, port: int) -> m.Hello:
+    topology = spec.topology
+    own = topology.local_address or ("127.0.0.1" if topology.loopback else options.own_address(address, port))
+    return m.Hello(
+        node=uuid.uuid4().hex,
+        node_rank=topology.node_rank,
+        processes=topology.processes,
+        address=own,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        run_id=spec.run_id,
+        job_sha256=spec.digest,
+        version=__version__,
+        term_seen=0,
+    )

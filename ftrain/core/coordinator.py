@@ -1,0 +1,602 @@
+"""Everything that the coordinator decides, as one pure state machine.
+
+`step(state, event, now)` takes what happened and returns the new state and what to do about it. The service around it owns
+sockets, storage and the clock; the simulator is another such service. What deserves a page of its own is next door: who is
+here (`membership`), what a failure means (`supervision`), checkpoint attempts (`rounds`, `commit`, `schedule`), the one
+history (`journal`), what to start from (`recovery`).
+
+Rules that hold throughout: nothing is decided before this coordinator's `run` record is in the journal (its sequence number is
+the coordinator's *term*); a generation is in the journal before any of its workers starts; and once the journal says that
+somebody else continued the history, this coordinator sends nothing more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ftrain.core import commit, journal, leaving, membership, recovery, rounds, supervision
+from ftrain.core import messages as m
+from ftrain.core.journal import History
+from ftrain.core.membership import Generation, Member, Node
+from ftrain.core.run_state import (
+    Action,
+    Begin,
+    Discard,
+    Disconnected,
+    Event,
+    Interrupted,
+    Log,
+    Measured,
+    Phase,
+    Published,
+    Received,
+    Resumed,
+    RunPolicy,
+    State,
+    Stored,
+    Tick,
+    Turn,
+)
+from ftrain.core.schedule import Cadence
+from ftrain.core.supervision import Failure, FailureClass
+from ftrain.errors import ExitCode
+
+RECONNECT_SECONDS = 2.0  # how long a stopping generation waits for the report of a node whose channel broke
+
+
+def initial(policy: RunPolicy, history: History, writer: str) -> State:
+    """A coordinator that has read the journal and decided nothing yet. `writer` is unique for this life of it."""
+    number = history.generation.generation if history.generation else 0
+    state = State(policy, history, journal.Appender(writer, history.head), number=number)
+    return replace(state, judged_commit=state.newest_commit)
+
+
+def step(state: State, event: Event, now: float, wall: float = 0.0) -> tuple[State, tuple[Action, ...]]:
+    """One event, one decision. `now` is monotonic seconds, `wall` Unix seconds for the records that people read."""
+    turn = Turn(state, now, wall)
+    if state.phase is Phase.OVER:
+        return state, ()
+    match event:
+        case Begin():
+            turn.append(journal.RunBody(state.policy.run_id, state.job_sha256, state.policy.version))
+        case Received(node, message):
+            _received(turn, node, message)
+        case Disconnected(node):
+            _disconnected(turn, node)
+        case Stored(reply):
+            for record in turn.record(reply):
+                _recorded(turn, record)
+        case Published(attempt, manifest_sha256, cause):
+            _published(turn, attempt, manifest_sha256, cause)
+        case Tick():
+            pass
+    _expire(turn)
+    _advance(turn)
+    return turn.state, tuple(turn.actions)
+
+
+def wake_at(state: State, now: float) -> float:
+    """When a `Tick` is due next. What was due by `now` has been done by the step that ended then."""
+    times = [state.until, state.appender.retry_at if state.appender.stage is journal.Stage.WAITING else float("inf")]
+    times += [node.lease_until for node in state.nodes.values()]
+    if state.barrier is not None:
+        times.append(state.barrier.deadline)
+    elif state.phase is Phase.RUNNING:
+        times += [state.cadence.due, state.cadence.retry_at]
+    if state.drain is not None:
+        times.append(state.drain.deadline)
+    return min((time for time in times if time > now), default=float("inf"))
+
+
+# ------------------------------------------------------------------------------------------------------------ messages
+
+
+def _received(turn: Turn, name: str, message: m.FromAgent) -> None:
+    if isinstance(message, m.Hello):
+        _hello(turn, message)
+        return
+    node = turn.state.nodes.get(name)
+    if node is None:
+        return  # declined, replaced or lost: whatever it says comes too late
+    lease = turn.state.policy.lease_seconds
+    turn.set(nodes={**turn.state.nodes, name: membership.renewed(node, turn.now, lease)})
+    match message:
+        case m.Heartbeat(report=report) | m.Changed(report=report):
+            _report(turn, name, report)
+        case m.StoreReady(generation, address, port):
+            if turn.state.phase is Phase.STARTING and generation == turn.state.number:
+                turn.set(store=(address, port))
+        case m.ArmReply() | m.Sealed() | m.Prepared() | m.AttemptFailed():
+            rounds.message(turn, name, message)
+        case m.Notice(why, grace_seconds):
+            leaving.notice(turn, name, why, grace_seconds)
+        case m.Metrics():
+            turn.do(Measured(message))
+        case m.Goodbye(why):
+            _lose(turn, name, f"node {_place(turn, name)} left: {why}")
+
+
+def _hello(turn: Turn, hello: m.Hello) -> None:
+    state = turn.state
+    refusal = _refusal(state, hello)
+    if refusal is not None:
+        node = Node(hello, turn.now, turn.now)
+        turn.set(nodes={**state.nodes, hello.node: node})
+        turn.send(hello.node, refusal)
+        turn.set(nodes=state.nodes)
+        turn.log(f"node on {hello.host} was not taken: {refusal.reason}", "warning")
+        return
+    predecessor = membership.replaces(hello, state.nodes.values())
+    if predecessor is not None:
+        _lose(turn, predecessor.name, f"node {hello.node_rank} was replaced by a new launcher on {hello.host}")
+    known = turn.state.nodes.get(hello.node)
+    joined_at = known.joined_at if known else turn.now
+    node = Node(hello, joined_at, turn.now + state.policy.lease_seconds)
+    turn.set(
+        nodes={**turn.state.nodes, hello.node: node},
+        reports={**turn.state.reports, hello.node: hello.report},
+        job_sha256=state.job_sha256 or hello.job_sha256,
+    )
+    if state.phase is Phase.ADOPTING and state.generation is not None:
+        for member in state.generation.members:
+            if member.node_rank >= 0 and member.node_rank == hello.node_rank and member.node != hello.node:
+                turn.set(gone=turn.state.gone | {member.node})
+    if state.term:
+        _welcome(turn, hello.node)
+
+
+def _refusal(state: State, hello: m.Hello) -> m.Declined | None:
+    policy = state.policy
+    if hello.version != policy.version:
+        return m.Declined(
+            f"this node runs ftrain {hello.version}, the coordinator {policy.version}; install the same version on all nodes",
+            ExitCode.USAGE,
+        )
+    if hello.run_id != policy.run_id:
+        return m.Declined(
+            f"the coordinator at this endpoint serves run {policy.run_id!r}, not {hello.run_id!r}; check --rdzv-id and --rdzv-endpoint",
+            ExitCode.USAGE,
+        )
+    if state.job_sha256 and hello.job_sha256 != state.job_sha256:
+        return m.Declined(
+            "this node was given another script, other arguments or another topology than the first node; use the same command line",
+            ExitCode.USAGE,
+        )
+    if state.phase in (Phase.CLOSING, Phase.LEAVING):
+        return m.Declined(f"the run is over: {state.summary.splitlines()[0] if state.summary else 'finished'}", ExitCode.UNAVAILABLE)
+    return None
+
+
+def _welcome(turn: Turn, node: str) -> None:
+    policy = turn.state.policy
+    turn.send(node, m.Welcome(policy.run_id, turn.state.term, policy.lease_seconds, policy.heartbeat_seconds))
+    _resync(turn, node, turn.state.reports[node])
+
+
+def _report(turn: Turn, node: str, report: m.Report) -> None:
+    known = turn.state.reports.get(node)
+    if known is not None and report.version < known.version:
+        return
+    turn.set(reports={**turn.state.reports, node: report})
+    if turn.state.term:
+        _resync(turn, node, report)
+
+
+def _resync(turn: Turn, node: str, report: m.Report) -> None:
+    """Tell a node again what it must have missed, and take in what its report says of the present generation."""
+    state = turn.state
+    generation = state.generation
+    member = generation.member(node) if generation is not None else None
+    if generation is None or report.generation != generation.number:
+        if report.generation and not report.stopped:
+            _stop_node(turn, node, report.generation, "its generation is over")
+        elif state.phase is Phase.RUNNING and member is not None:
+            _start_node(turn, member)
+        elif state.phase is Phase.STARTING and member is not None and member.group_rank == 0 and state.store is None:
+            turn.send(node, m.Prepare(state.term, state.number))
+        return
+    if member is None:
+        return
+    for exit in report.exits:
+        if exit.rank in member.ranks and exit.rank not in turn.state.exits:
+            turn.set(exits={**turn.state.exits, exit.rank: (node, exit)})
+            rounds.feed(turn, commit.WorkersLost(frozenset({exit.rank}), supervision.explain(node, exit).summary))
+    if state.phase in (Phase.STOPPING, Phase.FORMING, Phase.PAUSING, Phase.SETTLING) and not report.stopped:
+        _stop_node(turn, node, report.generation, "its generation is over")
+    barrier = turn.state.barrier
+    if barrier is not None and barrier.stage is commit.Stage.PROPOSED and report.attempt_seen < barrier.attempt.number:
+        turn.send(node, m.Arm(state.term, barrier.attempt, barrier.hold))
+
+
+def _stop_node(turn: Turn, node: str, generation: int, why: str) -> None:
+    state = turn.state
+    turn.send(node, m.Stop(state.term, generation, why, state.policy.stop_grace_seconds))
+
+
+def _start_node(turn: Turn, member: Member) -> None:
+    state = turn.state
+    generation, store = state.generation, state.store
+    if generation is None or store is None:
+        return  # an adopted generation: its members run already, or it is given up
+    turn.send(
+        member.node,
+        m.Start(
+            state.term,
+            generation.number,
+            member.group_rank,
+            len(generation.members),
+            member.first_rank,
+            generation.world_size,
+            generation.members[0].node,
+            store[0],
+            store[1],
+            state.budget.restarts,
+            state.policy.restart.max_restarts or 0,
+            state.resume,
+        ),
+    )
+
+
+def _disconnected(turn: Turn, name: str) -> None:
+    node = turn.state.nodes.get(name)
+    if node is None:
+        return
+    if name in turn.state.members and turn.state.phase not in (Phase.LEAVING, Phase.CLOSING):
+        turn.set(nodes={**turn.state.nodes, name: replace(node, connected=False)})
+    else:
+        _forget(turn, name)
+
+
+def _forget(turn: Turn, name: str) -> None:
+    turn.set(nodes={key: node for key, node in turn.state.nodes.items() if key != name})
+
+
+def _lose(turn: Turn, name: str, why: str) -> None:
+    """A node is gone, with its workers and its arenas."""
+    state = turn.state
+    _forget(turn, name)
+    member = state.generation.member(name) if state.generation is not None else None
+    if member is None:
+        return
+    turn.set(gone=state.gone | {name})
+    rounds.feed(turn, commit.ArenasLost(frozenset(member.ranks), why))
+    if state.failure is None and state.phase in (Phase.RUNNING, Phase.STARTING, Phase.STOPPING) and state.drain is None:
+        turn.set(failure=Failure(FailureClass.NODE, name, why))
+
+
+def _place(turn: Turn, name: str) -> str:
+    member = turn.state.generation.member(name) if turn.state.generation is not None else None
+    node = turn.state.nodes.get(name)
+    host = f" ({node.hello.host})" if node is not None else ""
+    return f"{member.group_rank if member else '?'}{host}"
+
+
+# -------------------------------------------------------------------------------------------------- storage and time
+
+
+def _recorded(turn: Turn, record: journal.Record) -> None:
+    match record.body:
+        case journal.RunBody():
+            turn.set(term=record.sequence)
+            _take_over(turn)
+        case journal.GenerationBody(generation=number):
+            if number == turn.state.number:
+                turn.set(recorded=True)
+        case journal.CommitBody(attempt=attempt):
+            barrier = turn.state.barrier
+            assert barrier is not None and barrier.attempt == attempt, "only the attempt under way is ever recorded"
+            rounds.feed(turn, commit.Recorded())
+        case journal.RetireBody(attempt=attempt):
+            turn.do(Discard(attempt))
+        case journal.FinishBody():
+            leaving.let_go(turn)
+
+
+def _take_over(turn: Turn) -> None:
+    """The history is ours. Is its last generation still running somewhere?"""
+    state = turn.state
+    last = state.history.generation
+    turn.set(waiting_since=turn.now)
+    if last is None or state.history.finish is not None:
+        turn.enter(Phase.FORMING)
+    else:
+        members = tuple(
+            Member(member.node, member.node_rank, place, member.first_rank, member.processes)
+            for place, member in enumerate(last.members)
+        )
+        turn.set(generation=Generation(last.generation, members), recorded=True)
+        turn.enter(Phase.ADOPTING, turn.now + state.policy.lease_seconds)
+        ranks = {member.node_rank: member.node for member in members if member.node_rank >= 0}
+        gone = {ranks[n.hello.node_rank] for n in state.nodes.values() if ranks.get(n.hello.node_rank, n.name) != n.name}
+        turn.set(gone=frozenset(gone))
+    for node in state.nodes:
+        _welcome(turn, node)
+
+
+def _published(turn: Turn, attempt: m.Attempt, manifest_sha256: str, cause: str) -> None:
+    barrier = turn.state.barrier
+    if barrier is None or barrier.attempt != attempt or barrier.stage is not commit.Stage.PREPARED:
+        return
+    rounds.feed(turn, commit.Published(manifest_sha256) if manifest_sha256 else commit.PublishFailed(cause))
+
+
+def _expire(turn: Turn) -> None:
+    """Leases and deadlines that have run out by now."""
+    for name, node in tuple(turn.state.nodes.items()):
+        if turn.now >= node.lease_until:
+            lease = turn.state.policy.lease_seconds
+            _lose(turn, name, f"node {_place(turn, name)} was silent for {lease:.0f} s: its lease ran out")
+    barrier = turn.state.barrier
+    if barrier is not None and turn.now >= barrier.deadline:
+        missing = ", ".join(str(rank) for rank in sorted(barrier.missing)[:8])
+        turn.set(barrier=replace(barrier, deadline=float("inf")))
+        rounds.feed(turn, commit.Expired(f"out of time, waiting for rank {missing}"))
+    for record in turn.record(journal.Retry()):
+        _recorded(turn, record)
+    leaving.expire(turn)
+
+
+# --------------------------------------------------------------------------------------------------------- generations
+
+
+def _advance(turn: Turn) -> None:
+    """Take every step that the present state allows."""
+    before = None
+    while before is not turn.state.phase and turn.state.phase is not Phase.OVER:
+        before = turn.state.phase
+        match before:
+            case Phase.OPENING | Phase.CLOSING | Phase.OVER:
+                pass
+            case Phase.ADOPTING:
+                _adopt(turn)
+            case Phase.FORMING:
+                _form(turn)
+            case Phase.STARTING:
+                _starting(turn)
+            case Phase.RUNNING:
+                _running(turn)
+            case Phase.STOPPING:
+                _stopping(turn)
+            case Phase.SETTLING:
+                if not rounds.undecided(turn) or turn.now >= turn.state.until:
+                    _judge(turn)
+            case Phase.PAUSING:
+                if turn.now >= turn.state.until:
+                    turn.set(waiting_since=turn.now)
+                    turn.enter(Phase.FORMING)
+            case Phase.LEAVING:
+                leaving.leaving(turn)
+
+
+def _adopt(turn: Turn) -> None:
+    state = turn.state
+    generation = state.generation
+    assert generation is not None
+    reports = [state.report(node) for node in state.members]
+    whole = all(
+        len(report.ranks) + len(report.exits) == member.processes and all(exit.ok for exit in report.exits)
+        for member, report in zip(generation.members, reports, strict=True)
+    )
+    if whole and not state.gone:
+        last = state.history.generation
+        assert last is not None
+        resume = next(
+            (m.Resume(body.attempt, body.world_size, seq) for seq, body in state.history.commits if body.attempt == last.resumes),
+            None,
+        )
+        turn.set(attempts=max(report.attempt_seen for report in reports), resume=resume, cadence=Cadence(due=turn.now))
+        turn.log(f"generation {generation.number} is still running on all nodes: carrying on with it")
+        turn.enter(Phase.RUNNING)
+        for node in state.members:
+            _resync(turn, node, state.report(node))
+    elif state.gone or turn.now >= state.until:
+        turn.set(gone=state.gone | (generation.nodes - set(state.nodes)))
+        if any(report.ranks or report.exits for report in reports):
+            lost = ", ".join(str(member.group_rank) for member in generation.members if member.node in turn.state.gone)
+            why = f"node {lost} was lost with the coordinator"
+            turn.set(failure=Failure(FailureClass.NODE, lost, why))
+        _stop(turn, "not all of it is alive")
+
+
+def _form(turn: Turn) -> None:
+    state = turn.state
+    nodes = [replace(node, busy_generation=_busy(state, node.name)) for node in state.nodes.values()]
+    number = state.number + 1
+    found = membership.form(state.policy.formation, nodes, state.generation, number, state.waiting_since, turn.now)
+    match found:
+        case membership.Wait(until):
+            turn.set(until=until)
+        case membership.TimedOut(have, need):
+            waited = state.policy.formation.wait_seconds
+            leaving.close(turn, ExitCode.UNAVAILABLE, f"only {have} of {need} nodes were there after {waited:.0f} s")
+        case Generation():
+            _begin(turn, found)
+
+
+def _busy(state: State, node: str) -> int:
+    report = state.reports.get(node)
+    return report.generation if report is not None and not report.stopped else 0
+
+
+def _begin(turn: Turn, generation: Generation) -> None:
+    """The generation is formed: into the journal with it, while rank 0's node prepares its store."""
+    state = turn.state
+    resume = recovery.recovery_line(state.history, state.suspects)
+    if resume is None and state.suspects:
+        leaving.close(turn, ExitCode.STORAGE, "every commit of this run is damaged; nothing was deleted. `ftrain status` names them")
+        return
+    turn.set(
+        generation=generation,
+        number=generation.number,
+        recorded=False,
+        store=None,
+        resume=resume,
+        exits={},
+        gone=frozenset(),
+        attempts=0,
+        cadence=Cadence(due=turn.now + state.policy.checkpoint.every_seconds),
+        failure=None,
+    )
+    turn.enter(Phase.STARTING)
+    members = tuple(
+        journal.MemberRecord(
+            member.node, member.node_rank, member.first_rank, member.processes, state.nodes[member.node].hello.host
+        )
+        for member in generation.members
+    )
+    why = state.failure.summary if state.failure else ""
+    turn.append(
+        journal.GenerationBody(generation.number, generation.world_size, members, resume.attempt if resume else None, why)
+    )
+    turn.send(generation.members[0].node, m.Prepare(state.term, generation.number))
+
+
+def _starting(turn: Turn) -> None:
+    state = turn.state
+    if state.gone or state.drain is not None:
+        if state.drain is not None:
+            _stop(turn, "the run is leaving")
+        else:
+            turn.set(waiting_since=turn.now)
+            turn.enter(Phase.FORMING)
+    elif state.recorded and state.store is not None and state.generation is not None:
+        turn.set(started_at=turn.now)
+        turn.enter(Phase.RUNNING)
+        start = f"from step {state.resume.attempt.step}" if state.resume else "from the beginning"
+        turn.log(
+            f"generation {state.number}: {len(state.members)} node(s), {state.generation.world_size} rank(s), {start}"
+        )
+        for member in state.generation.members:
+            _start_node(turn, member)
+
+
+def _running(turn: Turn) -> None:
+    state = turn.state
+    generation = state.generation
+    assert generation is not None
+    leave_codes = (ExitCode.PREEMPTED, ExitCode.OK) if state.drain is not None and state.drain.decided else (ExitCode.OK,)
+    failed = [exit for _, exit in state.exits.values() if exit.failed and exit.code not in leave_codes]
+    if failed or state.gone:
+        if state.failure is None and failed:
+            turn.set(failure=supervision.explain(state.exits[failed[0].rank][0], failed[0]))
+        turn.set(failed_at=turn.now)
+        assert turn.state.failure is not None or state.drain is not None
+        _stop(turn, turn.state.failure.summary if turn.state.failure else "the run is leaving")
+    elif len(state.exits) == generation.world_size:
+        if rounds.undecided(turn):
+            return
+        if state.drain is not None and any(not exit.ok for _, exit in state.exits.values()):
+            leaving.drained(turn)
+        else:
+            step_done = max(exit.step for _, exit in state.exits.values())
+            leaving.close(turn, ExitCode.OK, f"finished{f' after step {step_done}' if step_done >= 0 else ''}")
+    else:
+        if state.failed_at and rounds.can_snapshot(turn):
+            first = min(state.report(node).first_step for node in state.members)
+            turn.do(Resumed(generation.number, first, turn.now - state.failed_at))
+            turn.set(failed_at=0.0)
+        rounds.propose(turn)
+
+
+def _stop(turn: Turn, why: str) -> None:
+    """End the present generation: all of its workers go, what they sealed may still be committed."""
+    state = turn.state
+    generation = state.generation
+    assert generation is not None
+    turn.enter(Phase.STOPPING, turn.now + state.policy.stop_grace_seconds + state.policy.lease_seconds)
+    for node in state.members:
+        _stop_node(turn, node, generation.number, why)
+    rounds.feed(turn, commit.WorkersLost(generation.ranks, why))
+    rounds.feed(turn, commit.ArenasLost(_ranks(generation, state.gone), why))
+
+
+def _ranks(generation: Generation, nodes: frozenset[str]) -> frozenset[int]:
+    return frozenset(rank for member in generation.members if member.node in nodes for rank in member.ranks)
+
+
+def _stopping(turn: Turn) -> None:
+    """Wait until every member that can still answer has said that nothing of the generation runs there."""
+    state = turn.state
+    generation = state.generation
+    assert generation is not None
+    missing = []
+    for name in state.members:
+        node = state.nodes.get(name)
+        if node is None or (state.report(name).generation == generation.number and state.report(name).stopped):
+            continue
+        if _never_started(state, name):
+            continue
+        lease = state.policy.lease_seconds
+        if not node.connected and turn.now >= node.lease_until - lease + min(RECONNECT_SECONDS, lease):
+            continue  # its workers may live on, but they are fenced: nothing of theirs can be committed
+        missing.append(node)
+    if missing and turn.now < state.until:
+        silent = [node for node in missing if not node.connected]
+        if silent:
+            grace = min(RECONNECT_SECONDS, state.policy.lease_seconds)
+            turn.set(until=min(state.until, *(n.lease_until - state.policy.lease_seconds + grace for n in silent)))
+        return
+    turn.enter(Phase.SETTLING, turn.now + state.policy.settle_seconds)
+
+
+def _never_started(state: State, node: str) -> bool:
+    """The node has reported since, and knows nothing of the present generation."""
+    report = state.reports.get(node)
+    return report is not None and report.stopped and report.generation != state.number and not state.recorded
+
+
+def _judge(turn: Turn) -> None:
+    """The generation is over and its last attempt is settled: what now?"""
+    state = turn.state
+    if rounds.undecided(turn):
+        rounds.feed(turn, commit.Expired("the run could not wait for it any longer"))
+        if rounds.undecided(turn):
+            return  # its record is being written: only storage can tell
+        state = turn.state
+    if state.drain is not None:
+        leaving.drained(turn)
+        return
+    failure = _explain(state)
+    turn.set(waiting_since=turn.now)
+    if failure is None:
+        turn.enter(Phase.FORMING)
+        return
+    if failure.kind is FailureClass.CORRUPT and state.resume is not None:
+        turn.set(suspects=state.suspects | {state.resume.attempt})
+        turn.log(f"the commit of step {state.resume.attempt.step} is damaged and is passed over", "error")
+    ran = turn.now - state.started_at if not any(report.looping for report in map(state.report, state.members)) else 0.0
+    progressed = state.newest_commit > state.judged_commit or ran >= state.policy.restart.progress_seconds
+    budget, verdict = supervision.judge(state.policy.restart, state.budget, failure, progressed)
+    turn.set(budget=budget, judged_commit=state.newest_commit, failure=failure)
+    match verdict:
+        case supervision.GiveUp(why):
+            text = f"giving up: {why}. First failure: {failure.summary}"
+            leaving.close(turn, ExitCode.FAILED, f"{text}\n{failure.traceback}".rstrip())
+        case supervision.Restart(delay):
+            line = recovery.recovery_line(turn.state.history, turn.state.suspects)
+            turn.do(Interrupted(failure, state.number, _furthest(state), line.attempt.step if line else 0))
+            turn.enter(Phase.PAUSING, turn.now + delay)
+
+
+def _furthest(state: State) -> int:
+    return max([state.furthest, *(exit.step for _, exit in state.exits.values())])
+
+
+def _explain(state: State) -> Failure | None:
+    """The first cause. A lost node explains ranks elsewhere that only lost their peer."""
+    failed = tuple(item for item in state.exits.values() if item[1].failed)
+    if not failed:
+        return state.failure
+    first = supervision.first_failure(failed)
+    rank_exit = next(exit for _, exit in failed if exit.rank == first.rank)
+    unreachable = [name for name in state.members if name not in state.nodes or not state.nodes[name].connected]
+    if unreachable and supervision.is_echo(rank_exit):
+        if state.failure is not None and state.failure.kind is FailureClass.NODE:
+            return state.failure
+        places = [member.group_rank for member in state.generation.members if member.node in unreachable] if state.generation else []
+        lost = ", ".join(str(place) for place in places)
+        return Failure(FailureClass.NODE, unreachable[0], f"node {lost} was lost: its agent's channel closed")
+    return first
+
+
+__all__ = ["Log", "initial", "step", "wake_at"]

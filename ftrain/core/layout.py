@@ -1,0 +1,453 @@
+"""Which bytes of which tensor go where: from a mesh and placements to boxes, from boxes to files and back.
+
+A *box* is an offset and a shape inside the global tensor. Each rank holds one box of each tensor that it names;
+ranks that hold the same box are replicas, of which one writes it. A reader asks for boxes of its own mesh, and gets
+them from the boxes that were written, whatever mesh those came from.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+
+from ftrain.errors import CorruptCheckpoint, MismatchedState, UnsupportedTensor
+
+ALIGNMENT_BYTES = 4096  # of every tensor in a pack, and of the pack: what direct I/O needs
+CHUNK_BYTES_MAX = 4 << 20  # an inner chunk of the pack's shard, and what one checksum covers
+PIECE_BYTES_MAX = 32 << 20  # of a read that is not straight into its place
+
+ITEM_BYTES: Mapping[str, int] = {
+    "bool": 1,
+    "uint8": 1,
+    "uint16": 2,
+    "uint32": 4,
+    "uint64": 8,
+    "int8": 1,
+    "int16": 2,
+    "int32": 4,
+    "int64": 8,
+    "float16": 2,
+    "float32": 4,
+    "float64": 8,
+    "bfloat16": 2,
+    "complex32": 4,
+    "complex64": 8,
+    "complex128": 16,
+    "float8_e4m3fn": 1,
+    "float8_e4m3fnuz": 1,
+    "float8_e5m2": 1,
+    "float8_e5m2fnuz": 1,
+    "float8_e8m0fnu": 1,
+}
+
+
+def item_bytes(dtype: str, key: str) -> int:
+    """Bytes of one element. Raises `UnsupportedTensor` naming `key` for a dtype that the format does not have."""
+    try:
+        return ITEM_BYTES[dtype]
+    except KeyError:
+        raise UnsupportedTensor(
+            f"{key}: a checkpoint cannot hold the dtype {dtype}; convert the tensor first"
+        ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Mesh:
+    """Ranks in a grid. `ranks` is row-major: the last dimension of `shape` runs fastest."""
+
+    shape: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One rank's view of one tensor.
+
+    `shape` is the global shape, `placements` one of "R" (replicated) or "S<dim>" (sharded) for each mesh dimension.
+    Without a mesh the tensor is the same on all ranks that name its key, unless it is `private`: then it belongs to
+    its rank alone.
+    """
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    mesh: Mesh | None = None
+    placements: tuple[str, ...] = ()
+    private: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Of the whole tensor."""
+        return prod(self.shape) * item_bytes(self.dtype, self.key)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Box:
+    """A block of a global tensor. A scalar's box is `Box((), ())`, of volume 1."""
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def volume(self) -> int:
+        return prod(self.shape)
+
+    def intersect(self, other: Box) -> Box | None:
+        """What both hold, or None."""
+        offset = tuple(max(a, b) for a, b in zip(self.offset, other.offset, strict=True))
+        ends = (
+            min(a + n, b + m) for a, n, b, m in zip(self.offset, self.shape, other.offset, other.shape, strict=True)
+        )
+        shape = tuple(end - start for start, end in zip(offset, ends, strict=True))
+        return Box(offset, shape) if all(size > 0 for size in shape) else None
+
+
+def whole(shape: tuple[int, ...]) -> Box:
+    """The box that is the whole tensor."""
+    return Box((0,) * len(shape), shape)
+
+
+def local_box(spec: TensorSpec, rank: int) -> Box | None:
+    """The box that `rank` holds: None when it is not in the mesh, of volume 0 when its shard is empty.
+
+    As DTensor does it: mesh dimensions in order, each cutting what the ones before left into chunks of ceil(size /
+    ranks).
+    """
+    if spec.mesh is None:
+        return whole(spec.shape)
+    position = _positions(spec.mesh).get(rank)
+    if position is None:
+        return None
+    offset, shape = [0] * len(spec.shape), list(spec.shape)
+    for size, at, placement in zip(spec.mesh.shape, _unravel(position, spec.mesh.shape), spec.placements, strict=True):
+        if placement == "R":
+            continue
+        dim = int(placement[1:])
+        chunk = -(-shape[dim] // size)
+        start = min(at * chunk, shape[dim])
+        offset[dim] += start
+        shape[dim] = min(start + chunk, shape[dim]) - start
+    return Box(tuple(offset), tuple(shape))
+
+
+@lru_cache(maxsize=64)
+def _positions(mesh: Mesh) -> Mapping[int, int]:
+    return {rank: position for position, rank in enumerate(mesh.ranks)}
+
+
+def _unravel(position: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    coordinate = []
+    for size in reversed(shape):
+        position, at = divmod(position, size)
+        coordinate.append(at)
+    return tuple(reversed(coordinate))
+
+
+# ----------------------------------------------------------------------------------------------------- who writes what
+
+
+@dataclass(frozen=True, slots=True)
+class WriteItem:
+    """One box that one rank writes: all that it holds of that tensor, C-contiguous."""
+
+    spec: TensorSpec
+    box: Box
+    nbytes: int
+
+
+def write_plan(specs_by_rank: Sequence[Sequence[TensorSpec]]) -> tuple[tuple[WriteItem, ...], ...]:
+    """For each rank the boxes that it writes, in the order of its own specs.
+
+    Every box has one writer among the ranks that hold it; bytes are balanced, largest box first; the same input
+    gives the same plan everywhere. Ranks with the same specs should share one sequence object: the work is then
+    done once for all of them. Raises `MismatchedState` where ranks disagree about a tensor or a rank of its mesh
+    does not name it.
+    """
+    world_size = len(specs_by_rank)
+    loads = [0] * world_size
+    jobs: list[tuple[int, int, WriteItem, tuple[int, ...]]] = []
+    shared: dict[str, list[tuple[TensorSpec, tuple[int, ...]]]] = {}
+    plan: list[list[WriteItem]] = [[] for _ in range(world_size)]
+    for specs, ranks in _by_content(specs_by_rank):
+        for spec in specs:
+            if not spec.private:
+                shared.setdefault(spec.key, []).append((spec, ranks))
+                continue
+            item = WriteItem(spec, whole(spec.shape), spec.nbytes)
+            for rank in ranks:
+                plan[rank].append(item)
+                loads[rank] += item.nbytes
+    for number, named in enumerate(shared.values()):
+        for box, holders in _holders(named).items():
+            spec = named[0][0]
+            nbytes = box.volume * item_bytes(spec.dtype, spec.key)
+            jobs.append((-nbytes, number, WriteItem(spec, box, nbytes), holders))
+    jobs.sort(key=lambda job: (len(job[3]) > 1, *job[:2], job[2].box))
+    _assign(jobs, loads, plan)
+    return tuple(_in_order(items, specs) for items, specs in zip(plan, specs_by_rank, strict=True))
+
+
+def _by_content(
+    specs_by_rank: Sequence[Sequence[TensorSpec]],
+) -> Iterable[tuple[Sequence[TensorSpec], tuple[int, ...]]]:
+    groups: dict[int, list[int]] = {}
+    for rank, specs in enumerate(specs_by_rank):
+        groups.setdefault(id(specs), []).append(rank)
+    return [(specs_by_rank[ranks[0]], tuple(ranks)) for ranks in groups.values()]
+
+
+def _holders(named: Sequence[tuple[TensorSpec, tuple[int, ...]]]) -> dict[Box, tuple[int, ...]]:
+    """Which ranks hold each box of one tensor, of which `named` are all the views."""
+    first, first_ranks = named[0]
+    naming: dict[Mesh | None, set[int]] = {}
+    for spec, ranks in named:
+        if _nature(spec) != _nature(first):
+            raise MismatchedState(
+                f"{first.key}: rank {first_ranks[0]} has it as {_describe(first)}, "
+                f"rank {ranks[0]} as {_describe(spec)}; use other keys for tensors that differ, or mark them private"
+            )
+        naming.setdefault(spec.mesh, set()).update(ranks)
+    boxes: dict[Box, set[int]] = {}
+    empty = prod(first.shape) == 0
+    for mesh, ranks_naming in naming.items():
+        if mesh is None:
+            boxes.setdefault(whole(first.shape), set()).update(ranks_naming)
+            continue
+        absent = set(mesh.ranks) - ranks_naming
+        if absent:
+            raise MismatchedState(
+                f"{first.key}: rank {min(absent)} is in its mesh, but does not save it; all ranks of a mesh must"
+            )
+        view = TensorSpec(first.key, first.dtype, first.shape, mesh, first.placements)
+        for holders in _replicas(mesh, first.placements):
+            box = whole(first.shape) if empty else local_box(view, holders[0])
+            assert box is not None
+            if box.volume or empty:
+                boxes.setdefault(box, set()).update(holders)
+    return {box: tuple(sorted(holders)) for box, holders in boxes.items()}
+
+
+def _nature(spec: TensorSpec) -> tuple[object, ...]:
+    """What all ranks must agree on. Meshes of the same form may differ in their ranks: replicas of a sharded group."""
+    return spec.dtype, spec.shape, spec.placements, None if spec.mesh is None else spec.mesh.shape
+
+
+def _describe(spec: TensorSpec) -> str:
+    placed = f" placed {','.join(spec.placements)} on a mesh of {list(spec.mesh.shape)}" if spec.mesh else ""
+    return f"{spec.dtype}{list(spec.shape)}{placed}"
+
+
+@lru_cache(maxsize=256)
+def _replicas(mesh: Mesh, placements: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+    """The mesh's ranks in groups that hold the same shard."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for position, rank in enumerate(mesh.ranks):
+        at = _unravel(position, mesh.shape)
+        shard = tuple(coordinate for coordinate, placement in zip(at, placements, strict=True) if placement != "R")
+        groups.setdefault(shard, []).append(rank)
+    return tuple(tuple(group) for group in groups.values())
+
+
+def _assign(
+    jobs: Iterable[tuple[int, int, WriteItem, tuple[int, ...]]], loads: list[int], plan: list[list[WriteItem]]
+) -> None:
+    heaps: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+    for _, _, item, holders in jobs:
+        heap = heaps.setdefault(holders, [(0, rank) for rank in holders])
+        # Loads only grow, so an entry that is out of date belongs further down.
+        while heap[0][0] != loads[heap[0][1]]:
+            heapq.heapreplace(heap, (loads[heap[0][1]], heap[0][1]))
+        rank = heap[0][1]
+        plan[rank].append(item)
+        loads[rank] += item.nbytes
+
+
+def _in_order(items: Iterable[WriteItem], specs: Sequence[TensorSpec]) -> tuple[WriteItem, ...]:
+    order = {(spec.key, spec.private): place for place, spec in enumerate(specs)}
+    return tuple(sorted(items, key=lambda item: order[item.spec.key, item.spec.private]))
+
+
+# ------------------------------------------------------------------------------------------------------ a pack's image
+
+
+@dataclass(frozen=True, slots=True)
+class SlotLayout:
+    """A pack's bytes, in memory as in the file: boxes, zeros, the shard index. All in bytes, from the image's beginning."""
+
+    offsets: tuple[int, ...]  # of each item
+    payload_bytes: int  # the length of the zarr array: `chunks` times `chunk_bytes`
+    chunk_bytes: int
+    index_offset: int
+    image_bytes: int
+
+    @property
+    def chunks(self) -> int:
+        return self.payload_bytes // self.chunk_bytes
+
+
+def slot_layout(items: Sequence[WriteItem]) -> SlotLayout:
+    """Lay the boxes out, each on a 4 KiB boundary, and the shard index so that it ends the image.
+
+    zarr's `bytes` codec knows no partial chunk, so the payload is cut into equal chunks of at most 4 MiB,
+    themselves multiples of 4 KiB: at most 4 KiB a chunk are lost, and a small state makes a small file.
+    """
+    offsets, end = [], 0
+    for item in items:
+        offsets.append(end)
+        end += align(item.nbytes)
+    return SlotLayout(tuple(offsets), *image_of(end))
+
+
+def image_of(end: int) -> tuple[int, int, int, int]:
+    """(payload_bytes, chunk_bytes, index_offset, image_bytes) of an image whose boxes end at `end`."""
+    chunks = max(1, -(-end // CHUNK_BYTES_MAX))
+    chunk_bytes = max(ALIGNMENT_BYTES, align(-(-end // chunks)))
+    payload_bytes = chunks * chunk_bytes
+    index_bytes = shard_index_bytes(chunks)
+    image_bytes = align(payload_bytes + index_bytes)
+    return payload_bytes, chunk_bytes, image_bytes - index_bytes, image_bytes
+
+
+def shard_index_bytes(chunks: int) -> int:
+    """An offset and a length of 64 bits for each chunk, and the crc32c of them all."""
+    return 16 * chunks + 4
+
+
+def align(nbytes: int) -> int:
+    """The next multiple of 4 KiB."""
+    return -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+# ----------------------------------------------------------------------------------------------------- reading it back
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One written box: `nbytes` at `offset` of the payload of the pack that rank `pack` wrote."""
+
+    key: str
+    box: Box
+    pack: int
+    offset: int
+    nbytes: int
+    crc32c: int
+
+    @property
+    def item_bytes(self) -> int:
+        return self.nbytes // self.box.volume
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one entry gives to one wanted box.
+
+    The elements of `box` (in global coordinates) are all within the `nbytes` at `offset` of the entry's pack, with
+    the strides of the entry's box: where `box` does not span its inner dimensions there are others between them.
+    """
+
+    wanted: int  # place in the list of wanted boxes
+    entry: Entry
+    box: Box
+    offset: int
+    nbytes: int
+
+    @property
+    def is_whole(self) -> bool:
+        """The piece is all of the entry, so that the entry's own checksum proves it."""
+        return self.box == self.entry.box
+
+
+def read_plan(wanted: Sequence[tuple[str, Box]], entries: Iterable[Entry]) -> list[Piece]:
+    """What to read for every wanted (key, box). The entries of a key are disjoint (`uncovered` found nothing).
+
+    Raises `CorruptCheckpoint` naming a box of which a part was never written.
+    """
+    by_key: dict[str, list[Entry]] = {key: [] for key, _ in wanted}
+    for entry in entries:
+        if entry.key in by_key and entry.box.volume:
+            by_key[entry.key].append(entry)
+    pieces = []
+    for number, (key, box) in enumerate(wanted):
+        found = 0
+        if box.volume == 0:
+            continue
+        for entry in by_key[key]:
+            overlap = box.intersect(entry.box)
+            if overlap is not None:
+                found += overlap.volume
+                pieces.append(_piece(number, entry, overlap))
+        if found != box.volume:
+            raise CorruptCheckpoint(
+                f"{key}: {found} of the {box.volume} elements at offset {list(box.offset)}, shape {list(box.shape)} "
+                "are in the checkpoint; it is incomplete"
+            )
+    return pieces
+
+
+def split(piece: Piece, nbytes_max: int = PIECE_BYTES_MAX) -> list[Piece]:
+    """The piece in parts that each need at most `nbytes_max` bytes in memory (or one element, where that is more)."""
+    todo, done = [piece], []
+    while todo:
+        part = todo.pop()
+        dim = next((dim for dim, size in enumerate(part.box.shape) if size > 1), None)
+        if part.nbytes <= nbytes_max or dim is None:
+            done.append(part)
+            continue
+        half = part.box.shape[dim] // 2
+        for start, size in ((half, part.box.shape[dim] - half), (0, half)):
+            offset, shape = list(part.box.offset), list(part.box.shape)
+            offset[dim] += start
+            shape[dim] = size
+            todo.append(_piece(part.wanted, part.entry, Box(tuple(offset), tuple(shape))))
+    return done
+
+
+def _piece(number: int, entry: Entry, box: Box) -> Piece:
+    first = last = 0
+    for at, size, begin, count in zip(entry.box.offset, entry.box.shape, box.offset, box.shape, strict=True):
+        first = first * size + begin - at
+        last = last * size + begin - at + count - 1
+    return Piece(number, entry, box, entry.offset + first * entry.item_bytes, (last - first + 1) * entry.item_bytes)
+
+
+def strides(box: Box) -> tuple[int, ...]:
+    """Elements from one index to the next in each dimension of a C-contiguous box."""
+    steps, step = [], 1
+    for size in reversed(box.shape):
+        steps.append(step)
+        step *= size
+    return tuple(reversed(steps))
+
+
+def uncovered(shape: tuple[int, ...], boxes: Sequence[Box]) -> str:
+    """Why the boxes are not the tensor, each element exactly once; empty when they are."""
+    for box in boxes:
+        fits = len(box.offset) == len(box.shape) == len(shape) and all(
+            0 <= at <= at + count <= size for at, count, size in zip(box.offset, box.shape, shape, strict=True)
+        )
+        if not fits:
+            return f"the box at {list(box.offset)} of shape {list(box.shape)} is outside of the shape {list(shape)}"
+    total = sum(box.volume for box in boxes)
+    if total != prod(shape):
+        return f"{total} of {prod(shape)} elements are there"
+    return _overlap(boxes)
+
+
+def _overlap(boxes: Sequence[Box]) -> str:
+    """A sweep along the dimension that tells most boxes apart, comparing only those that meet there."""
+    solid = [box for box in boxes if box.volume]
+    if len(solid) < 2 or not solid[0].shape:
+        return "" if len(solid) < 2 else "the same element is there twice"
+    dim = max(range(len(solid[0].shape)), key=lambda dim: len({box.offset[dim] for box in solid}))
+    active: list[Box] = []
+    for box in sorted(solid, key=lambda box: box.offset[dim]):
+        active = [other for other in active if other.offset[dim] + other.shape[dim] > box.offset[dim]]
+        for other in active:
+            both = box.intersect(other)
+            if both is not None:
+                return f"the elements at {list(both.offset)} of shape {list(both.shape)} are there twice"
+        active.append(box)
+    return ""

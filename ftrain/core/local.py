@@ -1,0 +1,77 @@
+"""What a worker and its agent share on one node, beside the control page and the arena.
+
+The agent gives a worker its `Boot` in the environment variable `FTRAIN_BOOT` (JSON). The worker sends the messages below
+to its agent over a Unix `SOCK_SEQPACKET` socket, one JSON object a packet; what it sent before it died is still read.
+Nothing comes the other way: the agent speaks through the control page.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from ftrain.core.messages import ErrorReport, Name, Resume, Text
+
+BOOT_VARIABLE = "FTRAIN_BOOT"
+PACKET_BYTES_MAX = 192 << 10
+
+
+class Boot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Everything a worker needs to take part in its generation."""
+
+    run_id: str
+    run_dir: str  # storage root: journal/, checkpoints/
+    generation: int
+    rank: int
+    local_rank: int
+    world_size: int
+    page_fd: int
+    arena_fd: int
+    channel_fd: int
+    arena_bytes_max: int  # this rank's bound; 0 for none but the host's memory
+    checkpoints: bool  # False: the run takes none
+    resume: Resume | None  # the commit to start from, None for the beginning
+    loopback: bool = False  # all nodes of the run are on this host: groups bind to loopback only
+
+
+class WorkerJoined(msgspec.Struct, frozen=True, tag="joined", tag_field="kind", forbid_unknown_fields=True):
+    """The script called `ftrain.join()`: it wants the rollback, not only the launcher."""
+
+
+class WorkerLooping(msgspec.Struct, frozen=True, tag="looping", tag_field="kind", forbid_unknown_fields=True):
+    """The worker restored its state and is about to do step number `step` (steps finished so far)."""
+
+    step: int
+    total_steps: int  # 0 for endless
+    restore_seconds: float = 0.0
+
+
+class WorkerSealed(msgspec.Struct, frozen=True, tag="sealed", tag_field="kind", forbid_unknown_fields=True):
+    number: int  # of the attempt
+    stall_seconds: float
+
+
+class WorkerSealFailed(msgspec.Struct, frozen=True, tag="seal_failed", tag_field="kind", forbid_unknown_fields=True):
+    number: int
+    cause: Text
+
+
+class WorkerAtEnd(msgspec.Struct, frozen=True, tag="at_end", tag_field="kind", forbid_unknown_fields=True):
+    """All steps are done; the worker waits until ARMED == step (and snapshots) or RELEASE."""
+
+    step: int
+
+
+class WorkerMetrics(msgspec.Struct, frozen=True, tag="metrics", tag_field="kind", forbid_unknown_fields=True):
+    step: int
+    values: dict[Name, float]
+
+
+class WorkerError(msgspec.Struct, frozen=True, tag="error", tag_field="kind", forbid_unknown_fields=True):
+    error: ErrorReport
+
+
+FromWorker = (
+    WorkerJoined | WorkerLooping | WorkerSealed | WorkerSealFailed | WorkerAtEnd | WorkerMetrics | WorkerError
+)

@@ -1,0 +1,222 @@
+"""What a checkpoint's files say: the index of each pack, and the manifest that makes packs a checkpoint.
+
+Whatever is read is refused unless it is exactly what a writer can have written; every refusal is a `CorruptCheckpoint`
+that names the file and the place. docs/format.md has the fields.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+import msgspec
+
+from ftrain.core.layout import ALIGNMENT_BYTES, CHUNK_BYTES_MAX, ITEM_BYTES, Box, Entry, shard_index_bytes, uncovered
+from ftrain.core.messages import Attempt, Count, Name, PackRecord
+from ftrain.errors import CorruptCheckpoint
+
+FORMAT = 1
+MANIFEST_PATH = "manifest.json"
+REFERENCES_PATH = "refs.json"
+MANIFEST_BYTES_MAX = 64 << 20
+INDEX_BYTES_MAX = 1 << 30
+DIMENSIONS_MAX = 64
+
+Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+Crc32c = Annotated[int, msgspec.Meta(ge=0, le=0xFFFFFFFF)]
+Key = Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
+Shape = Annotated[tuple[Count, ...], msgspec.Meta(max_length=DIMENSIONS_MAX)]
+
+
+class BoxRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One box of one tensor: `nbytes` at `offset` of the pack, elements in C order, little-endian."""
+
+    key: Key
+    dtype: Name
+    shape: Shape  # of the whole tensor
+    box_offset: Shape
+    box_shape: Shape
+    private: bool
+    offset: Count
+    nbytes: Count
+    crc32c: Crc32c
+
+    @property
+    def box(self) -> Box:
+        return Box(self.box_offset, self.box_shape)
+
+
+class PackIndex(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """All that one rank wrote. While it is only in the arena, checksums are 0 and `chunk_crc32c` is empty."""
+
+    format: int
+    attempt: Attempt
+    rank: Count
+    world_size: Count
+    payload_bytes: Count
+    chunk_bytes: Annotated[int, msgspec.Meta(ge=ALIGNMENT_BYTES, le=CHUNK_BYTES_MAX)]
+    image_bytes: Count
+    boxes: tuple[BoxRecord, ...]
+    chunk_crc32c: tuple[Crc32c, ...]
+    plain: dict[str, Any]  # this rank's plain data by name, as `core.plain` encodes it
+
+    def entries(self, private: bool) -> list[Entry]:
+        """The boxes for `core.layout.read_plan`: this rank's own, or those of the tensors that all ranks share."""
+        return [
+            Entry(record.key, record.box, self.rank, record.offset, record.nbytes, record.crc32c)
+            for record in self.boxes
+            if record.private == private
+        ]
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One pack for each rank. `writer` names the coordinator's life that published it."""
+
+    format: int
+    ftrain: Name  # version that wrote it
+    attempt: Attempt
+    world_size: Annotated[int, msgspec.Meta(ge=1)]
+    writer: Name
+    packs: tuple[PackRecord, ...]
+
+
+class _Envelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    sha256: Sha256
+    manifest: msgspec.Raw
+
+
+_INDEX = msgspec.json.Decoder(PackIndex)
+_MANIFEST = msgspec.json.Decoder(Manifest)
+_ENVELOPE = msgspec.json.Decoder(_Envelope)
+
+
+def pack_path(rank: int) -> str:
+    """The pack's zarr array, relative to the attempt."""
+    return f"packs/{rank:05d}"
+
+
+def index_path(rank: int) -> str:
+    """The pack's index, relative to the attempt."""
+    return f"packs/{rank:05d}.index.json"
+
+
+def data_path(pack: str) -> str:
+    """The one file of the zarr array `pack` that holds its bytes."""
+    return f"{pack}/c/0"
+
+
+def encode_index(index: PackIndex) -> bytes:
+    """The index's file. Its digest is in the pack's record, so it carries none itself."""
+    return msgspec.json.encode(index)
+
+
+def decode_index(data: bytes, path: str, *, sealed: bool = False) -> PackIndex:
+    """Read an index back; `sealed` for one from the arena, which has no checksums yet. Raises `CorruptCheckpoint`."""
+    if len(data) > INDEX_BYTES_MAX:
+        raise CorruptCheckpoint(f"{path}: a pack index of {len(data)} bytes is over the limit of {INDEX_BYTES_MAX}")
+    try:
+        index = _INDEX.decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise CorruptCheckpoint(f"{path}: not a pack index: {error}") from None
+    _validate_index(index, path, sealed)
+    return index
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The manifest's file: its body, and the checksum of that body's bytes."""
+    raw = msgspec.json.encode(manifest)
+    return msgspec.json.encode(_Envelope(hashlib.sha256(raw).hexdigest(), msgspec.Raw(raw))) + b"\n"
+
+
+def decode_manifest(data: bytes, path: str) -> Manifest:
+    """Read a manifest back. Raises `CorruptCheckpoint` naming `path` and what is wrong with it."""
+    if len(data) > MANIFEST_BYTES_MAX:
+        raise CorruptCheckpoint(f"{path}: a manifest of {len(data)} bytes is over the limit of {MANIFEST_BYTES_MAX}")
+    try:
+        envelope = _ENVELOPE.decode(data)
+        if hashlib.sha256(bytes(envelope.manifest)).hexdigest() != envelope.sha256:
+            raise CorruptCheckpoint(f"{path}: the manifest does not match its checksum; it was changed or torn")
+        manifest = _MANIFEST.decode(envelope.manifest)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise CorruptCheckpoint(f"{path}: not a manifest: {error}") from None
+    _validate_manifest(manifest, path)
+    return manifest
+
+
+def check_coverage(indexes: Iterable[PackIndex], where: str) -> None:
+    """Each element of every tensor is there exactly once. Raises `CorruptCheckpoint` naming one that is not."""
+    tensors: dict[str, tuple[BoxRecord, int, list[Box]]] = {}
+    for index in indexes:
+        for record in index.boxes:
+            if record.private:
+                continue
+            first, rank, boxes = tensors.setdefault(record.key, (record, index.rank, []))
+            if (record.dtype, record.shape) != (first.dtype, first.shape):
+                raise CorruptCheckpoint(
+                    f"{where}: {record.key} is {first.dtype}{list(first.shape)} in the pack of rank {rank}, "
+                    f"{record.dtype}{list(record.shape)} in that of rank {index.rank}"
+                )
+            boxes.append(record.box)
+    for key, (first, _, boxes) in tensors.items():
+        problem = uncovered(first.shape, boxes)
+        if problem:
+            raise CorruptCheckpoint(f"{where}: {key} is not covered exactly once: {problem}")
+
+
+def _validate_index(index: PackIndex, path: str, sealed: bool) -> None:
+    def check(holds: bool, problem: str) -> None:
+        if not holds:
+            raise CorruptCheckpoint(f"{path}: {problem}")
+
+    check(index.format == FORMAT, f"format {index.format}, but this version reads format {FORMAT}")
+    check(index.rank < index.world_size, f"rank {index.rank} in a world of {index.world_size}")
+    check(index.payload_bytes > 0 and index.payload_bytes % index.chunk_bytes == 0, "the payload is not whole chunks")
+    check(index.chunk_bytes % ALIGNMENT_BYTES == 0, "chunks are not whole pages")
+    chunks = index.payload_bytes // index.chunk_bytes
+    check(
+        index.image_bytes % ALIGNMENT_BYTES == 0
+        and index.image_bytes >= index.payload_bytes + shard_index_bytes(chunks),
+        f"{index.image_bytes} bytes have no room for the payload and its index",
+    )
+    check(
+        len(index.chunk_crc32c) == (0 if sealed else chunks),
+        f"{len(index.chunk_crc32c)} chunk checksums for {chunks} chunks",
+    )
+    end = 0
+    seen: set[tuple[str, bool]] = set()
+    for record in sorted(index.boxes, key=lambda record: (record.offset, record.nbytes)):
+        where = f"the box of {record.key} at {list(record.box_offset)}"
+        check(record.dtype in ITEM_BYTES, f"{where} has the unknown dtype {record.dtype}")
+        check(not _misplaced(record), f"{where} does not fit into the shape {list(record.shape)}")
+        size = record.box.volume * ITEM_BYTES[record.dtype]
+        check(record.nbytes == size, f"{where} has {record.nbytes} bytes instead of {size}")
+        check(record.offset % ALIGNMENT_BYTES == 0, f"{where} begins within a page")
+        check(record.offset >= end, f"{where} overlaps the one before it")
+        check((record.key, record.private) not in seen, f"{record.key} is there twice")
+        seen.add((record.key, record.private))
+        end = record.offset + record.nbytes
+        check(end <= index.payload_bytes, f"{where} reaches beyond the payload")
+
+
+def _misplaced(record: BoxRecord) -> bool:
+    """The box is not inside of its tensor, or is a part of a private one."""
+    dimensions = len(record.shape)
+    if len(record.box_offset) != dimensions or len(record.box_shape) != dimensions:
+        return True
+    if record.private:
+        return record.box_shape != record.shape or any(record.box_offset)
+    return any(
+        at + count > size for at, count, size in zip(record.box_offset, record.box_shape, record.shape, strict=True)
+    )
+
+
+def _validate_manifest(manifest: Manifest, path: str) -> None:
+    if manifest.format != FORMAT:
+        raise CorruptCheckpoint(f"{path}: format {manifest.format}, but this version reads format {FORMAT}")
+    ranks = [pack.rank for pack in manifest.packs]
+    if ranks != list(range(manifest.world_size)):
+        raise CorruptCheckpoint(f"{path}: the packs are not one for each of {manifest.world_size} ranks, in order")
+    for pack in manifest.packs:
+        if (pack.path, pack.index_path) != (pack_path(pack.rank), index_path(pack.rank)):
+            raise CorruptCheckpoint(f"{path}: the pack of rank {pack.rank} is said to be at {pack.path!r}")

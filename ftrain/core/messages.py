@@ -1,0 +1,311 @@
+"""The words of the control plane: what agents and the coordinator say to each other.
+
+They are the events that `core.coordinator` and `core.node` take and the actions that they emit, so the simulator speaks
+them as well as the WebSocket does. On the wire each is one JSON object, told apart by its `kind`. A string, a list and a
+message have a bound (`Text`, `MESSAGE_BYTES_MAX`): a stranger must not be able to fill our memory.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+MESSAGE_BYTES_MAX = 4 << 20
+TRACEBACK_CHARS_MAX = 64 << 10
+RANKS_PER_NODE_MAX = 1024
+
+Name = Annotated[str, msgspec.Meta(max_length=256)]
+Text = Annotated[str, msgspec.Meta(max_length=TRACEBACK_CHARS_MAX)]
+Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class Attempt(msgspec.Struct, frozen=True, order=True, forbid_unknown_fields=True):
+    """One try to checkpoint one step. `number` never repeats within a generation."""
+
+    generation: Count
+    step: Count
+    number: Count
+
+    @property
+    def path(self) -> str:
+        """Where this attempt's files live, relative to the run directory."""
+        return f"checkpoints/step-{self.step:012d}/g{self.generation:04d}-a{self.number}"
+
+    def __str__(self) -> str:
+        return f"step {self.step} (generation {self.generation}, attempt {self.number})"
+
+
+class ErrorReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An exception that ended a worker, as the worker itself wrote it down."""
+
+    type: Name
+    message: Text
+    traceback: Text
+    where: Name = ""  # file:line of the innermost frame of the user's own code
+    unix_seconds: float = 0.0
+
+
+class RankExit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How one worker ended. `signal` is 0 unless a signal ended it."""
+
+    rank: Count
+    local_rank: Count
+    pid: Count
+    code: int
+    signal: Count = 0
+    step: int = -1  # steps it had finished, from its control page
+    phase: Count = 0
+    error: ErrorReport | None = None
+    unix_seconds: float = 0.0
+    ordered: bool = False  # it was told to end: how it ended says nothing
+
+    @property
+    def failed(self) -> bool:
+        return not self.ok and not self.ordered
+
+    @property
+    def ok(self) -> bool:
+        return self.code == 0 and self.signal == 0
+
+
+class PackRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A durable pack: what the coordinator must know of it to commit. `index_sha256` covers its own list of boxes."""
+
+    rank: Count
+    path: Name  # the pack's zarr array, relative to the attempt
+    index_path: Name  # the pack's list of boxes, relative to the attempt
+    index_sha256: Annotated[str, msgspec.Meta(min_length=64, max_length=64)]
+    payload_bytes: Count
+    file_bytes: Count
+    tensors: Count
+
+
+class RunningRank(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    rank: Count
+    local_rank: Count
+    pid: Count
+    step: int
+    phase: Count
+    joined: bool = False  # it called ftrain.join()
+    stall_seconds: float = 0.0  # what the newest snapshot held its training thread for
+
+
+class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a node runs at this moment. Complete: whoever has the newest report needs none of the older ones."""
+
+    version: Count = 0  # counts up: an older report that comes late is passed over
+    generation: Count = 0  # the generation whose workers it runs or ran last, 0 for none
+    stopped: bool = True  # nothing of that generation runs here any more, nor will
+    attempt_seen: Count = 0  # highest attempt number seen in that generation
+    ranks: tuple[RunningRank, ...] = ()  # alive
+    exits: tuple[RankExit, ...] = ()
+    looping: bool = False  # every local worker is in its loop: attempts make sense
+    first_step: int = -1  # where the loop began
+    total_steps: Count = 0  # 0 for endless or unknown
+    at_end: bool = False  # every local worker finished its last step and waits for its snapshot
+
+
+# ---------------------------------------------------------------------------------------------- agent -> coordinator
+
+
+class Hello(msgspec.Struct, frozen=True, tag="hello", tag_field="kind", forbid_unknown_fields=True):
+    """An agent introduces itself, and says what it still runs: so a new coordinator learns the state of the world."""
+
+    node: Name  # unique for each life of an agent
+    node_rank: int  # as asked for by the user, -1 for any
+    processes: Annotated[int, msgspec.Meta(ge=1, le=RANKS_PER_NODE_MAX)]
+    address: Name  # where this node's workers can be reached
+    host: Name
+    pid: Count
+    run_id: Name
+    job_sha256: Name  # digest of script, arguments and topology: all nodes must run the same job
+    version: Name
+    term_seen: Count  # highest coordinator term that this agent has obeyed
+    report: Report = Report()
+
+
+class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat", tag_field="kind", forbid_unknown_fields=True):
+    """Renews the lease, and says again all that matters, so that no lost message can stall the run for long."""
+
+    sequence: Count
+    report: Report = Report()
+
+
+class StoreReady(msgspec.Struct, frozen=True, tag="store_ready", tag_field="kind", forbid_unknown_fields=True):
+    generation: Count
+    address: Name
+    port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
+
+
+class Changed(msgspec.Struct, frozen=True, tag="changed", tag_field="kind", forbid_unknown_fields=True):
+    """Something in the report changed that the coordinator should not learn at the next heartbeat only."""
+
+    report: Report
+
+
+class ArmReply(msgspec.Struct, frozen=True, tag="arm_reply", tag_field="kind", forbid_unknown_fields=True):
+    attempt: Attempt
+    accepted: bool
+    step: int = -1  # the furthest step finished here, when refused
+    reason: Name = ""
+
+
+class Sealed(msgspec.Struct, frozen=True, tag="sealed", tag_field="kind", forbid_unknown_fields=True):
+    attempt: Attempt
+    rank: Count
+
+
+class Prepared(msgspec.Struct, frozen=True, tag="prepared", tag_field="kind", forbid_unknown_fields=True):
+    attempt: Attempt
+    pack: PackRecord
+
+
+class AttemptFailed(msgspec.Struct, frozen=True, tag="attempt_failed", tag_field="kind", forbid_unknown_fields=True):
+    attempt: Attempt
+    rank: Count
+    cause: Text
+
+
+class Notice(msgspec.Struct, frozen=True, tag="notice", tag_field="kind", forbid_unknown_fields=True):
+    """This node is to leave: `why` is "SIGTERM" (the run goes on elsewhere, later) or "SIGINT" (the user ends the run)."""
+
+    why: Name
+    grace_seconds: float
+
+
+class Metrics(msgspec.Struct, frozen=True, tag="metrics", tag_field="kind", forbid_unknown_fields=True):
+    generation: Count
+    step: Count
+    values: dict[Name, float]
+
+
+class Goodbye(msgspec.Struct, frozen=True, tag="goodbye", tag_field="kind", forbid_unknown_fields=True):
+    """The agent leaves on purpose: no lease needs to run out."""
+
+    why: Name
+
+
+FromAgent = (
+    Hello
+    | Heartbeat
+    | StoreReady
+    | Changed
+    | ArmReply
+    | Sealed
+    | Prepared
+    | AttemptFailed
+    | Notice
+    | Metrics
+    | Goodbye
+)
+
+# ---------------------------------------------------------------------------------------------- coordinator -> agent
+
+
+class Welcome(msgspec.Struct, frozen=True, tag="welcome", tag_field="kind", forbid_unknown_fields=True):
+    run_id: Name
+    term: Count  # journal sequence number with which this coordinator took over: higher fences lower
+    lease_seconds: float
+    heartbeat_seconds: float
+
+
+class Declined(msgspec.Struct, frozen=True, tag="declined", tag_field="kind", forbid_unknown_fields=True):
+    """This agent cannot take part: `reason` is a sentence for the user, `exit_code` what its launcher ends with."""
+
+    reason: Text
+    exit_code: int
+
+
+class Resume(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The recovery line that a generation starts from: a committed attempt, and its journal entry."""
+
+    attempt: Attempt
+    world_size: Count
+    journal_sequence: Count
+
+
+class Start(msgspec.Struct, frozen=True, tag="start", tag_field="kind", forbid_unknown_fields=True):
+    """Fork this generation's workers: `processes` of them, from rank `first_rank`."""
+
+    term: Count
+    generation: Count
+    group_rank: Count
+    group_size: Count
+    first_rank: Count
+    world_size: Count
+    first_node: Name  # the node of rank 0, which hosts the store
+    master_address: Name
+    master_port: Count
+    restarts: Count
+    max_restarts: Count
+    resume: Resume | None
+
+
+class Prepare(msgspec.Struct, frozen=True, tag="prepare", tag_field="kind", forbid_unknown_fields=True):
+    """Host the store of the coming generation and answer with `StoreReady`: sent to the node of rank 0 only."""
+
+    term: Count
+    generation: Count
+
+
+class Stop(msgspec.Struct, frozen=True, tag="stop", tag_field="kind", forbid_unknown_fields=True):
+    """Stop what runs of this generation and report it `stopped`. `grace_seconds` is for scripts that never joined."""
+
+    term: Count
+    generation: Count
+    why: Text
+    grace_seconds: float
+
+
+class Arm(msgspec.Struct, frozen=True, tag="arm", tag_field="kind", forbid_unknown_fields=True):
+    """Snapshot at the boundary where `attempt.step` steps are done. With `hold`, wait there for a `Verdict`."""
+
+    term: Count
+    attempt: Attempt
+    hold: bool = False
+
+
+class Abort(msgspec.Struct, frozen=True, tag="abort", tag_field="kind", forbid_unknown_fields=True):
+    term: Count
+    attempt: Attempt
+    cause: Text
+
+
+class Committed(msgspec.Struct, frozen=True, tag="committed", tag_field="kind", forbid_unknown_fields=True):
+    term: Count
+    attempt: Attempt
+
+
+class Verdict(msgspec.Struct, frozen=True, tag="verdict", tag_field="kind", forbid_unknown_fields=True):
+    """For workers that hold at the attempt's boundary: all of them leave, or all of them go on."""
+
+    term: Count
+    attempt: Attempt
+    leave: bool
+
+
+class Release(msgspec.Struct, frozen=True, tag="release", tag_field="kind", forbid_unknown_fields=True):
+    """Workers that wait for a last snapshot need not wait any longer."""
+
+    term: Count
+    generation: Count
+
+
+class Leave(msgspec.Struct, frozen=True, tag="leave", tag_field="kind", forbid_unknown_fields=True):
+    """The run is over for this agent. It stops what is left and its launcher ends with `exit_code`."""
+
+    term: Count
+    exit_code: int
+    summary: Text
+
+
+class Tell(msgspec.Struct, frozen=True, tag="tell", tag_field="kind", forbid_unknown_fields=True):
+    """One line for the people who watch this node's terminal."""
+
+    text: Text
+
+
+FromCoordinator = (
+    Welcome | Declined | Prepare | Start | Stop | Arm | Abort | Committed | Verdict | Release | Leave | Tell
+)

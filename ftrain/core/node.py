@@ -1,0 +1,710 @@
+"""Everything that an agent decides, as one pure state machine: the other half of `core.coordinator`.
+
+It runs one generation's workers at a time, arms and disarms their control pages, has their sealed snapshots persisted, and
+keeps the coordinator informed. It obeys only the newest term it has seen and only its present generation: what an older
+coordinator or attempt asks for is not done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from ftrain.core import local
+from ftrain.core import messages as m
+from ftrain.core.page import Phase
+from ftrain.errors import ExitCode
+
+SLOTS = 2
+UNSAVED_MARGIN_SECONDS = 5.0  # a leaving node waits this much longer than its grace for the coordinator's word
+
+Pages = Mapping[int, tuple[int, int]]  # rank -> (steps finished, phase), read just now
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    rank: int
+    local_rank: int
+    pid: int = 0
+    joined: bool = False
+    looping: local.WorkerLooping | None = None
+    at_end: bool = False
+    stall_seconds: float = 0.0
+    error: m.ErrorReport | None = None
+    exit: m.RankExit | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """This node's part of one attempt."""
+
+    attempt: m.Attempt
+    slot: int
+    hold: bool
+    sealed: frozenset[int] = frozenset()
+    packs: tuple[m.PackRecord, ...] = ()
+    armed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    hello: m.Hello
+    grace_seconds: float = 25.0
+    coordinator_wait_seconds: float = 600.0
+    term: int = 0
+    connected: bool = False
+    lost_at: float = 0.0
+    version: int = 0
+    beat: int = 0
+    generation: int = 0
+    start: m.Start | None = None
+    stopping: bool = False
+    workers: Mapping[int, Worker] = field(default_factory=dict)
+    snapshot: Snapshot | None = None
+    attempt_seen: int = 0
+    # Ranks that may still write the snapshot of a dead attempt: rank -> (that attempt's step, slot).
+    filling: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    writing: Mapping[tuple[m.Attempt, int], int] = field(default_factory=dict)  # (attempt, rank) -> slot being persisted
+    store: StoreUp | None = None  # of the coming or present generation; port 0 while it is being started
+    notice: str = ""
+    notice_until: float = float("inf")
+    leave: m.Leave | None = None
+    over: bool = False
+
+    @property
+    def alive(self) -> tuple[Worker, ...]:
+        return tuple(worker for worker in self.workers.values() if worker.exit is None)
+
+
+# -------------------------------------------------------------------------------------------------------------- events
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnected:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    message: m.FromCoordinator
+
+
+@dataclass(frozen=True, slots=True)
+class Forked:
+    rank: int
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSaid:
+    rank: int
+    message: local.FromWorker
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerExited:
+    exit: m.RankExit
+
+
+@dataclass(frozen=True, slots=True)
+class Armed:
+    """The answer to `ArmPages`. When not ok, `reached` are ranks that may have begun the snapshot all the same."""
+
+    attempt: m.Attempt
+    ok: bool
+    furthest: int
+    reached: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Disarmed:
+    attempt: m.Attempt
+    reached: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Persisted:
+    attempt: m.Attempt
+    pack: m.PackRecord
+
+
+@dataclass(frozen=True, slots=True)
+class PersistFailed:
+    attempt: m.Attempt
+    rank: int
+    cause: str  # "" when it was cancelled
+
+
+@dataclass(frozen=True, slots=True)
+class StoreUp:
+    generation: int
+    address: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoreDown:
+    """The store of that generation could not be started, or has ended."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Signalled:
+    why: str  # SIGTERM or SIGINT
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """Once every heartbeat interval, connected or not."""
+
+
+Event = (
+    Connected
+    | Disconnected
+    | Said
+    | Forked
+    | WorkerSaid
+    | WorkerExited
+    | Armed
+    | Disarmed
+    | Persisted
+    | PersistFailed
+    | StoreUp
+    | StoreDown
+    | Signalled
+    | Beat
+)
+
+# ------------------------------------------------------------------------------------------------------------- actions
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    message: m.FromAgent
+
+
+@dataclass(frozen=True, slots=True)
+class Reconnect:
+    """Drop the channel and look again: whoever answered is not the newest coordinator."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """Fork the generation's workers, answer each with `Forked`, later with `WorkerExited`."""
+
+    start: m.Start
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """End all workers: those that joined at once, others by SIGTERM and, `grace_seconds` later, SIGKILL."""
+
+    grace_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class ArmPages:
+    attempt: m.Attempt
+    slot: int
+    hold: bool
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DisarmPages:
+    attempt: m.Attempt
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SetVerdict:
+    attempt: m.Attempt
+    leave: bool
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReleasePages:
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Persist:
+    attempt: m.Attempt
+    rank: int
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class CancelPersist:
+    attempt: m.Attempt
+
+
+@dataclass(frozen=True, slots=True)
+class HostStore:
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Show:
+    text: str
+    level: str = "info"
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    code: int
+    summary: str
+
+
+Action = (
+    Send
+    | Reconnect
+    | Fork
+    | Kill
+    | ArmPages
+    | DisarmPages
+    | SetVerdict
+    | ReleasePages
+    | Persist
+    | CancelPersist
+    | HostStore
+    | Show
+    | Exit
+)
+
+
+class _Turn:
+    __slots__ = ("actions", "now", "pages", "state")
+
+    def __init__(self, state: State, now: float, pages: Pages) -> None:
+        self.state = state
+        self.now = now
+        self.pages = pages
+        self.actions: list[Action] = []
+
+    def set(self, **changes: object) -> None:
+        self.state = replace(self.state, **changes)  # type: ignore[arg-type]
+
+    def do(self, action: Action) -> None:
+        self.actions.append(action)
+
+    def send(self, message: m.FromAgent) -> None:
+        if self.state.connected and self.state.term:
+            self.actions.append(Send(message))
+
+    def changed(self) -> None:
+        self.send(m.Changed(self.report()))
+
+    def report(self) -> m.Report:
+        self.set(version=self.state.version + 1)
+        return report(self.state, self.pages)
+
+    def worker(self, rank: int, **changes: object) -> None:
+        worker = replace(self.state.workers[rank], **changes)  # type: ignore[arg-type]
+        self.set(workers={**self.state.workers, rank: worker})
+
+
+def step(state: State, event: Event, now: float, pages: Pages) -> tuple[State, tuple[Action, ...]]:
+    """One event, one decision. `pages` are the control pages of the living workers as they are now."""
+    if state.over:
+        return state, ()
+    turn = _Turn(state, now, pages)
+    if state.filling:
+        now_filling = {
+            rank: place for rank, place in state.filling.items() if may_fill(pages.get(rank, (-1, 0)), place[0])
+        }
+        turn.set(filling=now_filling)
+    match event:
+        case Connected():
+            turn.set(connected=True)
+        case Disconnected():
+            turn.set(connected=False, lost_at=now if state.connected else state.lost_at)
+        case Said(message):
+            _said(turn, message)
+        case Forked(rank, pid):
+            if rank in state.workers:
+                turn.worker(rank, pid=pid)
+        case WorkerSaid(rank, message):
+            if rank in state.workers:
+                _worker_said(turn, rank, message)
+        case WorkerExited(exit):
+            _exited(turn, exit)
+        case Armed():
+            _armed(turn, event)
+        case Disarmed(_, reached):
+            _still_filling(turn, reached)
+        case Persisted(attempt, pack):
+            _persisted(turn, attempt, pack)
+        case PersistFailed(attempt, rank, cause):
+            _persist_failed(turn, attempt, rank, cause)
+        case StoreUp(generation, address, port):
+            turn.set(store=event)
+            turn.send(m.StoreReady(generation, address, port))
+        case StoreDown(generation):
+            if state.store is not None and state.store.generation == generation:
+                turn.set(store=None)
+        case Signalled(why):
+            _signalled(turn, why)
+        case Beat():
+            _beat(turn)
+    _finish(turn)
+    return turn.state, tuple(turn.actions)
+
+
+def report(state: State, pages: Pages) -> m.Report:
+    """What this node runs at this moment."""
+    workers = state.workers.values()
+    loops = [worker.looping for worker in workers if worker.looping is not None]
+    alive = state.alive
+    ranks = tuple(
+        m.RunningRank(w.rank, w.local_rank, w.pid, *pages.get(w.rank, (-1, 0)), w.joined, w.stall_seconds) for w in alive
+    )
+    return m.Report(
+        version=state.version,
+        generation=state.generation,
+        stopped=not alive and (state.stopping or state.start is None),
+        attempt_seen=state.attempt_seen,
+        ranks=ranks,
+        exits=tuple(worker.exit for worker in workers if worker.exit is not None),
+        looping=bool(alive) and len(loops) == len(state.workers),
+        first_step=min((loop.step for loop in loops), default=-1),
+        total_steps=max((loop.total_steps for loop in loops), default=0),
+        at_end=bool(alive) and all(worker.at_end for worker in workers),
+    )
+
+
+def hello(state: State, pages: Pages) -> m.Hello:
+    """The introduction to whichever coordinator answers."""
+    return m.Hello(
+        node=state.hello.node,
+        node_rank=state.hello.node_rank,
+        processes=state.hello.processes,
+        address=state.hello.address,
+        host=state.hello.host,
+        pid=state.hello.pid,
+        run_id=state.hello.run_id,
+        job_sha256=state.hello.job_sha256,
+        version=state.hello.version,
+        term_seen=state.term,
+        report=report(state, pages),
+    )
+
+
+# -------------------------------------------------------------------------------------------------- the coordinator
+
+
+def _said(turn: _Turn, message: m.FromCoordinator) -> None:
+    state = turn.state
+    match message:
+        case m.Welcome(term=term):
+            if term < state.term:
+                turn.set(connected=False)
+                turn.do(Reconnect())
+                return
+            turn.set(term=term)
+            if state.notice:
+                turn.send(m.Notice(state.notice, max(0.0, state.notice_until - UNSAVED_MARGIN_SECONDS - turn.now)))
+            _repeat(turn)
+            return
+        case m.Declined(reason, exit_code):
+            turn.set(leave=m.Leave(state.term, exit_code, reason))
+            return
+        case m.Tell(text):
+            turn.do(Show(text))
+            return
+    if message.term < state.term:
+        return  # an older coordinator: it has been fenced, or will be
+    match message:
+        case m.Prepare(generation=generation):
+            if generation > state.generation:
+                _prepare(turn, generation)
+        case m.Start():
+            _start(turn, message)
+        case m.Stop(generation=generation, grace_seconds=grace):
+            _stop(turn, generation, grace)
+        case m.Arm(attempt=attempt, hold=hold):
+            _arm(turn, attempt, hold)
+        case m.Abort(attempt=attempt):
+            _abort(turn, attempt)
+        case m.Committed(attempt=attempt):
+            if state.snapshot is not None and state.snapshot.attempt == attempt:
+                turn.set(snapshot=None)
+                if state.alive and all(worker.at_end for worker in state.alive):
+                    turn.do(ReleasePages(_ranks(state)))
+        case m.Verdict(attempt=attempt, leave=leave):
+            if attempt.generation == state.generation:
+                turn.do(SetVerdict(attempt, leave, _ranks(state)))
+        case m.Release(generation=generation):
+            if generation == state.generation:
+                turn.do(ReleasePages(_ranks(state)))
+        case m.Leave():
+            turn.set(leave=message)
+            if state.alive:
+                turn.set(stopping=True)
+                turn.do(Kill(0.0))
+
+
+def _prepare(turn: _Turn, generation: int) -> None:
+    store = turn.state.store
+    if store is None or store.generation != generation:
+        turn.set(store=StoreUp(generation, "", 0))
+        turn.do(HostStore(generation))
+    elif store.port:
+        turn.send(m.StoreReady(generation, store.address, store.port))
+
+
+def _ranks(state: State) -> tuple[int, ...]:
+    return tuple(worker.rank for worker in state.alive)
+
+
+def _start(turn: _Turn, start: m.Start) -> None:
+    state = turn.state
+    if start.generation <= state.generation or state.alive or state.leave is not None:
+        return
+    ranks = range(start.first_rank, start.first_rank + state.hello.processes)
+    turn.set(
+        generation=start.generation,
+        start=start,
+        stopping=False,
+        workers={rank: Worker(rank, place) for place, rank in enumerate(ranks)},
+        snapshot=None,
+        attempt_seen=0,
+        filling={},
+    )
+    turn.do(Fork(start))
+
+
+def _stop(turn: _Turn, generation: int, grace: float) -> None:
+    state = turn.state
+    if generation < state.generation:
+        return
+    if generation > state.generation:
+        # Its Start never came, and must not be obeyed any more.
+        turn.set(generation=generation, start=None, workers={}, snapshot=None, stopping=True)
+    elif not state.stopping:
+        turn.set(stopping=True)
+        if state.alive:
+            turn.do(Kill(grace))
+    turn.changed()
+
+
+def _arm(turn: _Turn, attempt: m.Attempt, hold: bool) -> None:
+    state = turn.state
+    snapshot = state.snapshot
+    if snapshot is not None and snapshot.attempt == attempt:
+        _repeat(turn)
+        return
+    if attempt.generation != state.generation or attempt.number <= state.attempt_seen:
+        return
+    turn.set(attempt_seen=attempt.number)
+    busy = {*(slot for _, slot in state.filling.values()), *state.writing.values()}
+    if snapshot is not None:
+        busy.add(snapshot.slot)
+    free = [slot for slot in range(SLOTS) if slot not in busy]
+    looping = all(worker.looping for worker in state.workers.values())
+    if state.stopping or len(state.alive) != len(state.workers) or not looping:
+        turn.send(m.ArmReply(attempt, False, -1, "not all of its workers are in their loop"))
+    elif not free:
+        turn.send(m.ArmReply(attempt, False, -1, "an earlier snapshot is still being written"))
+    else:
+        turn.set(snapshot=Snapshot(attempt, free[0], hold))
+        turn.do(ArmPages(attempt, free[0], hold, _ranks(state)))
+
+
+def _armed(turn: _Turn, event: Armed) -> None:
+    snapshot = turn.state.snapshot
+    if snapshot is None or snapshot.attempt != event.attempt:
+        return
+    if event.ok:
+        turn.set(snapshot=replace(snapshot, armed=True))
+        turn.send(m.ArmReply(event.attempt, True, event.furthest))
+    else:
+        turn.set(snapshot=None)
+        _fill(turn, snapshot, event.reached)
+        if snapshot.hold:
+            turn.do(SetVerdict(event.attempt, False, _ranks(turn.state)))
+        turn.send(m.ArmReply(event.attempt, False, event.furthest, "a rank is past this step already"))
+
+
+def _abort(turn: _Turn, attempt: m.Attempt) -> None:
+    snapshot = turn.state.snapshot
+    if snapshot is None or snapshot.attempt != attempt:
+        return
+    turn.set(snapshot=None)
+    unsealed = tuple(rank for rank in _ranks(turn.state) if rank not in snapshot.sealed)
+    if unsealed:
+        # Until the pages say otherwise each of them may be writing its slot.
+        _fill(turn, snapshot, frozenset(unsealed))
+        turn.do(DisarmPages(attempt, unsealed))
+    if any(other == attempt for other, _ in turn.state.writing):
+        turn.do(CancelPersist(attempt))
+    if snapshot.hold:
+        turn.do(SetVerdict(attempt, False, _ranks(turn.state)))
+
+
+def _fill(turn: _Turn, snapshot: Snapshot, ranks: frozenset[int]) -> None:
+    turn.set(filling={**turn.state.filling, **dict.fromkeys(ranks, (snapshot.attempt.step, snapshot.slot))})
+
+
+def _still_filling(turn: _Turn, reached: frozenset[int]) -> None:
+    turn.set(filling={rank: place for rank, place in turn.state.filling.items() if rank in reached})
+
+
+def may_fill(page: tuple[int, int], step: int) -> bool:
+    """Whether a worker that is there may be taking the snapshot of `step`.
+
+    A worker enters BOUNDARY before it stores STEP, and leaves it for SNAPSHOT only when it saw the attempt.
+    """
+    done, phase = page
+    return done == step and phase in (Phase.BOUNDARY, Phase.SNAPSHOT)
+
+
+def _repeat(turn: _Turn) -> None:
+    """Say again where the present attempt stands: the coordinator forgets duplicates, but it must not miss one."""
+    snapshot = turn.state.snapshot
+    if snapshot is None or not snapshot.armed:
+        return
+    turn.send(m.ArmReply(snapshot.attempt, True))
+    for rank in sorted(snapshot.sealed):
+        turn.send(m.Sealed(snapshot.attempt, rank))
+    for pack in snapshot.packs:
+        turn.send(m.Prepared(snapshot.attempt, pack))
+
+
+# ------------------------------------------------------------------------------------------------------- the workers
+
+
+def _worker_said(turn: _Turn, rank: int, message: local.FromWorker) -> None:
+    state = turn.state
+    snapshot = state.snapshot
+    match message:
+        case local.WorkerJoined():
+            turn.worker(rank, joined=True)
+        case local.WorkerLooping():
+            turn.worker(rank, looping=message)
+            if all(worker.looping for worker in turn.state.workers.values()):
+                turn.changed()
+        case local.WorkerAtEnd():
+            turn.worker(rank, at_end=True)
+            if all(worker.at_end for worker in turn.state.workers.values()):
+                turn.changed()
+        case local.WorkerSealed(number, stall_seconds):
+            turn.worker(rank, stall_seconds=stall_seconds)
+            _unfill(turn, rank)
+            if snapshot is not None and snapshot.attempt.number == number and rank not in snapshot.sealed:
+                turn.set(
+                    snapshot=replace(snapshot, sealed=snapshot.sealed | {rank}),
+                    writing={**turn.state.writing, (snapshot.attempt, rank): snapshot.slot},
+                )
+                turn.send(m.Sealed(snapshot.attempt, rank))
+                turn.do(Persist(snapshot.attempt, rank, snapshot.slot))
+        case local.WorkerSealFailed(number, cause):
+            _unfill(turn, rank)
+            if snapshot is not None and snapshot.attempt.number == number:
+                turn.send(m.AttemptFailed(snapshot.attempt, rank, cause))
+        case local.WorkerMetrics(done, values):
+            turn.send(m.Metrics(state.generation, done, values))
+        case local.WorkerError(error):
+            turn.worker(rank, error=error)
+
+
+def _unfill(turn: _Turn, rank: int) -> None:
+    turn.set(filling={key: place for key, place in turn.state.filling.items() if key != rank})
+
+
+def _exited(turn: _Turn, exit: m.RankExit) -> None:
+    worker = turn.state.workers.get(exit.rank)
+    if worker is None or worker.pid != exit.pid or worker.exit is not None:
+        return
+    ordered = turn.state.stopping
+    turn.worker(exit.rank, exit=_with(exit, worker.error, ordered))
+    _unfill(turn, exit.rank)
+    turn.changed()
+
+
+def _with(exit: m.RankExit, error: m.ErrorReport | None, ordered: bool) -> m.RankExit:
+    # An exception that was under way when the order came is still the worker's own.
+    own = error is not None and error.unix_seconds > 0 and not exit.signal
+    return m.RankExit(
+        exit.rank,
+        exit.local_rank,
+        exit.pid,
+        exit.code,
+        exit.signal,
+        exit.step,
+        exit.phase,
+        error,
+        error.unix_seconds if error is not None and error.unix_seconds else exit.unix_seconds,
+        ordered and not own,
+    )
+
+
+def _persisted(turn: _Turn, attempt: m.Attempt, pack: m.PackRecord) -> None:
+    _written(turn, attempt, pack.rank)
+    snapshot = turn.state.snapshot
+    if snapshot is not None and snapshot.attempt == attempt:
+        turn.set(snapshot=replace(snapshot, packs=(*snapshot.packs, pack)))
+        turn.send(m.Prepared(attempt, pack))
+
+
+def _persist_failed(turn: _Turn, attempt: m.Attempt, rank: int, cause: str) -> None:
+    _written(turn, attempt, rank)
+    if cause:
+        turn.send(m.AttemptFailed(attempt, rank, cause))
+
+
+def _written(turn: _Turn, attempt: m.Attempt, rank: int) -> None:
+    key = (attempt, rank)
+    turn.set(writing={other: slot for other, slot in turn.state.writing.items() if other != key})
+
+
+# ---------------------------------------------------------------------------------------------------- time and leaving
+
+
+def _signalled(turn: _Turn, why: str) -> None:
+    state = turn.state
+    if state.notice or not state.connected:
+        code = ExitCode.INTERRUPTED if why == "SIGINT" else ExitCode.PREEMPTED_UNSAVED
+        _leave_now(turn, code, f"stopped at once on {why}; the last commit stands")
+        return
+    until = turn.now + state.grace_seconds + UNSAVED_MARGIN_SECONDS
+    turn.set(notice=why, notice_until=until)
+    turn.do(Show(f"{why}: saving the last finished step; once more to stop at once"))
+    turn.send(m.Notice(why, state.grace_seconds))
+
+
+def _beat(turn: _Turn) -> None:
+    state = turn.state
+    turn.set(beat=state.beat + 1)
+    turn.send(m.Heartbeat(state.beat + 1, turn.report()))
+    _repeat(turn)
+    if state.notice and turn.now >= state.notice_until:
+        code = ExitCode.INTERRUPTED if state.notice == "SIGINT" else ExitCode.PREEMPTED_UNSAVED
+        _leave_now(turn, code, "out of time; the last commit stands")
+    elif not state.connected and turn.now - state.lost_at >= state.coordinator_wait_seconds:
+        waited = state.coordinator_wait_seconds
+        _leave_now(turn, ExitCode.UNAVAILABLE, f"no coordinator answered for {waited:.0f} s; the last commit stands")
+
+
+def _leave_now(turn: _Turn, code: int, summary: str) -> None:
+    turn.set(leave=m.Leave(turn.state.term, int(code), summary), stopping=True)
+    turn.do(Kill(0.0))
+
+
+def _finish(turn: _Turn) -> None:
+    """Once told to leave, and once nothing runs here any more, this agent is done."""
+    state = turn.state
+    if state.leave is None or state.alive:
+        return
+    for attempt in {attempt for attempt, _ in state.writing}:
+        turn.do(CancelPersist(attempt))
+    turn.send(m.Goodbye(state.leave.summary[:200] or "done"))
+    turn.set(over=True)
+    turn.do(Exit(state.leave.exit_code, state.leave.summary))

@@ -1,0 +1,69 @@
+"""The control page: what one worker and its agent tell each other without a system call.
+
+The page is 4 KiB of shared memory seen as 64-bit signed integers, each read and written with sequentially consistent
+atomics (`ftrain._native.ControlPage`). Every field has exactly one writer. docs/protocol.md has the argument why a
+step that was armed cannot be missed.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+PAGE_BYTES = 4096
+NO_STEP = -1
+
+
+class Field(IntEnum):
+    """Index of each 64-bit word in the page."""
+
+    # Written by the worker.
+    STEP = 0  # steps finished; NO_STEP until the worker is in its loop
+    PHASE = 1  # a Phase
+    PROGRESS_NS = 2  # CLOCK_MONOTONIC at the last change of step or phase
+    COLLECTIVE_SEQ = 3  # collectives entered since the group was made
+    COLLECTIVE_DONE = 4  # collectives that came back
+    COLLECTIVE_KIND = 5  # a Collective
+    SEALED = 6  # number of the newest attempt whose snapshot is complete in its slot
+    FAILED_ATTEMPT = 7  # number of the newest attempt whose snapshot could not be taken
+    STALL_NS = 8  # how long the newest snapshot held the training thread
+    TOTAL_STEPS = 9  # what the loop was asked for; 0 while unknown
+
+    # Written by the agent. ARMED is stored last: whoever sees it sees the other three.
+    ARMED = 32  # the step to snapshot at; 0 for none
+    ARMED_ATTEMPT = 33  # number of the attempt
+    ARMED_SLOT = 34  # the arena's slot to fill
+    ARMED_HOLD = 35  # 1: wait at that boundary until VERDICT names the attempt
+    VERDICT = 36  # attempt number: go on; its negative: leave now
+    RELEASE = 37  # 1: do not wait for a last snapshot, end
+    EVENT = 38  # counts up, and is woken as a futex, after any of the above changed: what a waiting worker waits on
+
+
+class Phase(IntEnum):
+    """Where a worker is in its life."""
+
+    BOOT = 0
+    JOINED = 1
+    RESTORING = 2
+    STEP = 3  # inside a step
+    BOUNDARY = 4  # between two steps
+    SNAPSHOT = 5
+    HOLD = 6  # at a boundary, waiting for the agent's verdict
+    LAST = 7  # all steps done, waiting for the last snapshot to be armed
+    DONE = 8
+
+
+class Collective(IntEnum):
+    """Which collective a worker is in, or was in last."""
+
+    NONE = 0
+    ALLREDUCE = 1
+    ALLGATHER = 2
+    REDUCE_SCATTER = 3
+    BROADCAST = 4
+    ALLTOALL = 5
+    BARRIER = 6
+    SEND = 7
+    RECV = 8
+    REDUCE = 9
+    GATHER = 10
+    SCATTER = 11

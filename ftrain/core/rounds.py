@@ -1,0 +1,165 @@
+"""The coordinator's checkpoint attempts: when one is proposed, what its barrier asks for, and what follows its end."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ftrain.core import commit, journal, recovery, schedule
+from ftrain.core import messages as m
+from ftrain.core.commit import Barrier, Stage
+from ftrain.core.run_state import Discard, Phase, Publish, Turn
+
+LAST_TRIES = 4  # to commit the last state, before the run ends without
+
+
+def propose(turn: Turn) -> None:
+    """Propose the next attempt if one is due, none is under way, and every node's workers are in their loop."""
+    state = turn.state
+    if state.phase is not Phase.RUNNING or state.barrier is not None or not state.recorded or not can_snapshot(turn):
+        return
+    generation = state.generation
+    assert generation is not None
+    drain = state.drain
+    if turn.now < state.cadence.retry_at:
+        return
+    reports = [state.report(node) for node in state.members]
+    total = reports[0].total_steps
+    if drain is not None:
+        if drain.decided:
+            return
+        step, hold = state.furthest + state.cadence.lookahead, True
+        if total and step >= total:
+            step, hold = total, False
+    elif all(report.at_end for report in reports):
+        step, hold = total, False
+        done = bool(state.history.commits) and state.history.commits[-1][1].attempt.step == step
+        if done or state.cadence.failures >= LAST_TRIES:
+            if not done:
+                turn.log(f"the last state, of step {step}, could not be committed", "error")
+            turn.to_members(m.Release(state.term, generation.number))
+            turn.set(cadence=replace(state.cadence, retry_at=turn.now + state.policy.heartbeat_seconds))
+            return
+    else:
+        if state.policy.checkpoint.off or turn.now < state.cadence.due:
+            return
+        found = schedule.next_step(state.policy.checkpoint, state.cadence, state.furthest, total)
+        if found is None:
+            return
+        step, hold = found, False
+    number = state.attempts + 1
+    attempt = m.Attempt(generation.number, step, number)
+    barrier = Barrier(
+        attempt,
+        generation.nodes,
+        generation.ranks,
+        hold,
+        deadline=turn.now + state.policy.checkpoint.attempt_seconds,
+    )
+    turn.set(barrier=barrier, attempts=number)
+    turn.to_members(m.Arm(state.term, attempt, hold))
+
+
+def can_snapshot(turn: Turn) -> bool:
+    """Every worker of the generation is alive and in its loop."""
+    state = turn.state
+    if state.exits or state.gone or not state.members:
+        return False
+    return all(state.report(node).looping for node in state.members)
+
+
+def feed(turn: Turn, event: commit.Event) -> None:
+    """Tell the attempt what happened and do what it asks for."""
+    barrier = turn.state.barrier
+    if barrier is None:
+        return
+    barrier, actions = commit.step(barrier, event)
+    turn.set(barrier=barrier)
+    for action in actions:
+        match action:
+            case commit.AllArmed():
+                _all_armed(turn, barrier)
+            case commit.Publish():
+                turn.do(Publish(barrier.attempt, len(barrier.ranks), barrier.packs))
+            case commit.WriteCommit():
+                payload = sum(pack.payload_bytes for pack in barrier.packs)
+                turn.append(
+                    journal.CommitBody(barrier.attempt, len(barrier.ranks), barrier.manifest_sha256, payload)
+                )
+            case commit.AnnounceCommit():
+                _committed(turn, barrier)
+            case commit.AnnounceAbort():
+                _aborted(turn, barrier)
+
+
+def message(turn: Turn, node: str, event: m.ArmReply | m.Sealed | m.Prepared | m.AttemptFailed) -> None:
+    """A node's word about an attempt. About one that is over, the node is told again how it ended."""
+    state = turn.state
+    barrier = state.barrier
+    if barrier is None or event.attempt != barrier.attempt:
+        if isinstance(event, m.ArmReply) and not event.accepted:
+            return
+        if any(body.attempt == event.attempt for _, body in state.history.commits):
+            turn.send(node, m.Committed(state.term, event.attempt))
+        elif state.term:
+            turn.send(node, m.Abort(state.term, event.attempt, "this attempt is over"))
+        return
+    match event:
+        case m.ArmReply(accepted=True):
+            feed(turn, commit.Accepted(node))
+        case m.ArmReply():
+            feed(turn, commit.Refused(node, event.step, event.reason))
+        case m.Sealed():
+            feed(turn, commit.RankSealed(event.rank))
+        case m.Prepared():
+            feed(turn, commit.RankPrepared(event.pack))
+        case m.AttemptFailed():
+            feed(turn, commit.RankFailed(event.rank, event.cause))
+
+
+def undecided(turn: Turn) -> bool:
+    """An attempt is under way whose outcome may still be a commit."""
+    barrier = turn.state.barrier
+    return barrier is not None and barrier.stage not in commit.FINAL
+
+
+def _all_armed(turn: Turn, barrier: Barrier) -> None:
+    drain = turn.state.drain
+    if not barrier.hold:
+        return
+    leave = drain is not None
+    if drain is not None:
+        turn.set(drain=replace(drain, decided=True))
+    turn.to_members(m.Verdict(turn.state.term, barrier.attempt, leave))
+
+
+def _committed(turn: Turn, barrier: Barrier) -> None:
+    state = turn.state
+    turn.set(barrier=None, cadence=schedule.after_commit(state.policy.checkpoint, state.cadence, barrier.attempt.step, turn.now))
+    turn.to_members(m.Committed(state.term, barrier.attempt))
+    payload = sum(pack.payload_bytes for pack in barrier.packs)
+    turn.log(f"checkpoint of step {barrier.attempt.step} committed ({payload / 1e6:.1f} MB, {len(barrier.packs)} packs)")
+    drain = turn.state.drain
+    if drain is not None:
+        turn.set(drain=replace(drain, saved=drain.decided or barrier.hold))
+    for attempt in recovery.to_retire(turn.state.history, state.policy.checkpoint.keep, state.suspects):
+        body = journal.RetireBody(attempt)
+        if body not in turn.state.appender.pending:
+            turn.append(body)
+
+
+def _aborted(turn: Turn, barrier: Barrier) -> None:
+    state = turn.state
+    cadence = state.cadence
+    refused = barrier.refused_step >= 0
+    cadence = (
+        schedule.after_refusal(cadence, barrier.refused_step)
+        if refused
+        else schedule.after_failure(cadence, turn.now)
+    )
+    turn.set(barrier=None, cadence=cadence)
+    turn.to_members(m.Abort(state.term, barrier.attempt, barrier.cause))
+    if barrier.hold and barrier.accepted and state.generation is not None:
+        turn.to_members(m.Verdict(state.term, barrier.attempt, leave=False))
+    turn.do(Discard(barrier.attempt))
+    if not refused and state.phase is Phase.RUNNING:
+        turn.log(f"checkpoint of step {barrier.attempt.step} given up: {barrier.cause}; the last commit stands", "warning")

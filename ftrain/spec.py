@@ -1,0 +1,80 @@
+"""What a user asked `ftrain launch` for: parsed once, then frozen."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ftrain.core.schedule import CheckpointPolicy
+from ftrain.core.supervision import RestartPolicy
+
+LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """What each worker runs. `kind`: "script" (a path), "module" (a name), "exec" (any program)."""
+
+    kind: str
+    target: str
+    arguments: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """How many nodes, and this node's place and processes."""
+
+    nodes_min: int
+    nodes_max: int
+    node_rank: int  # -1: any
+    processes: int
+    host: str = "127.0.0.1"  # of the rendezvous endpoint
+    port: int = 0  # 0: any free port, single node only
+    local_address: str = ""  # where other nodes reach this one; "" finds it out
+
+    @property
+    def single(self) -> bool:
+        return self.nodes_max == 1
+
+    @property
+    def loopback(self) -> bool:
+        """All nodes of the run are on this host."""
+        return self.single or self.host in LOOPBACK_HOSTS
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """Which local ranks' streams go to the terminal."""
+
+    directory: Path
+    quiet_stdout: frozenset[int] = frozenset()
+    quiet_stderr: frozenset[int] = frozenset()
+    shown: frozenset[int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class JobSpec:
+    program: Program
+    topology: Topology
+    run_id: str
+    run_dir: Path
+    output: Output
+    directory: Path = Path()  # where workers start
+    secret_path: Path | None = None
+    role: str = "default"
+    restart: RestartPolicy = RestartPolicy()
+    checkpoint: CheckpointPolicy = CheckpointPolicy()
+    grace_seconds: float = 25.0
+    wait_seconds: float = 600.0
+    lease_seconds: float = 10.0
+    last_call_seconds: float = 5.0
+    stop_grace_seconds: float = 30.0
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """Equal on all nodes of one job: program, arguments and number of nodes, not this node's own place."""
+        topology = self.topology
+        parts = (self.program.kind, self.program.target, *self.program.arguments, topology.nodes_min, topology.nodes_max)
+        return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()

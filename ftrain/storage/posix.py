@@ -1,0 +1,247 @@
+"""Storage in a directory of a POSIX file system, local or shared between nodes.
+
+A file is written under a temporary name beside its own, synced, and only then linked to its name: `link` fails
+where the name is taken, so that creation is exclusive and a name never stands for half a file. Then its directory
+is synced. A sync that failed is not tried again: the kernel may have dropped the pages and would report success.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+from ftrain import _native
+from ftrain.core.layout import ALIGNMENT_BYTES
+from ftrain.errors import AlreadyExists, CorruptCheckpoint, NotFound, StorageError, UnknownOutcome
+
+SEGMENT_BYTES = 64 << 20  # written between two looks at `should_stop`
+_MAKE_TRIES = 8
+
+
+class PosixStorage:
+    """`Storage` under the directory `root`, which is made when something is first written."""
+
+    def __init__(self, root: str | Path) -> None:
+        self._root = Path(root).absolute()
+        self._synced: set[tuple[str, int]] = set()  # (directory, inode) whose name is known to be durable
+
+    @property
+    def url(self) -> str:
+        return str(self._root)
+
+    def create(self, path: str, data: bytes) -> None:
+        def write(descriptor: int) -> None:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
+
+        self._create(path, len(data), 0, write)
+
+    def confirm(self, path: str, data: bytes) -> bool:
+        target = self._path(path)
+        try:
+            if target.read_bytes() != data:
+                return False
+            _sync(target)
+            self._sync_directories(target.parent)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise _failure("cannot confirm", target, error) from error
+        return True
+
+    def write_from(self, path: str, address: int, nbytes: int, *, should_stop: Callable[[], bool]) -> None:
+        def write(descriptor: int) -> None:
+            for start in range(0, nbytes, SEGMENT_BYTES):
+                if should_stop():
+                    raise StorageError(f"writing {self._path(path)} was stopped: its checkpoint attempt is over")
+                _native.write_from(descriptor, address + start, min(SEGMENT_BYTES, nbytes - start), start)
+
+        if address % ALIGNMENT_BYTES == 0 and nbytes % ALIGNMENT_BYTES == 0:
+            try:
+                self._create(path, nbytes, os.O_DIRECT, write)
+                return
+            except _NoDirectIO:
+                pass
+        self._create(path, nbytes, 0, write)
+
+    def read(self, path: str) -> bytes:
+        target = self._path(path)
+        try:
+            return target.read_bytes()
+        except OSError as error:
+            raise _failure("cannot read", target, error) from error
+
+    def read_into(self, path: str, offset: int, address: int, nbytes: int) -> None:
+        target = self._path(path)
+        try:
+            descriptor = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                _native.read_into(descriptor, address, nbytes, offset)
+            finally:
+                os.close(descriptor)
+        except EOFError:
+            raise CorruptCheckpoint(f"{target}: ends before byte {offset + nbytes}; the file was cut short") from None
+        except OSError as error:
+            raise _failure("cannot read", target, error) from error
+
+    def size(self, path: str) -> int:
+        target = self._path(path)
+        try:
+            return target.stat().st_size
+        except OSError as error:
+            raise _failure("cannot read", target, error) from error
+
+    def exists(self, path: str) -> bool:
+        target = self._path(path)
+        try:
+            target.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError as error:
+            raise _failure("cannot read", target, error) from error
+        return True
+
+    def list(self, prefix: str) -> list[str]:
+        target = self._path(prefix)
+        try:
+            return sorted(entry.name for entry in target.iterdir() if not entry.name.startswith("."))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise _failure("cannot list", target, error) from error
+
+    def remove_tree(self, path: str) -> None:
+        target = self._path(path)
+        try:
+            # Its own files first: without the manifest nobody takes a half removed checkpoint for a whole one.
+            for entry in sorted(target.iterdir()):
+                if not entry.is_dir():
+                    entry.unlink(missing_ok=True)
+            shutil.rmtree(target)
+        except FileNotFoundError:
+            if target.exists():  # somebody else removes it too, or still wrote to it
+                shutil.rmtree(target, ignore_errors=True)
+        except OSError as error:
+            raise _failure("cannot remove", target, error) from error
+        for parent in target.parents:
+            if parent == self._root or parent.parent == self._root:
+                return
+            try:
+                parent.rmdir()
+            except OSError:
+                return
+
+    def _path(self, path: str) -> Path:
+        parts = path.split("/") if path else []
+        if any(part in ("", ".", "..") for part in parts):
+            raise StorageError(f"{path!r} is not a path inside of {self._root}")
+        return self._root.joinpath(*parts)
+
+    def _create(self, path: str, nbytes: int, flags: int, write: Callable[[int], None]) -> None:
+        target = self._path(path)
+        temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
+        try:
+            self._make_directories(target.parent)
+            _write_synced(temporary, flags, write)
+            _link(temporary, target)
+        except OSError as error:
+            if flags & os.O_DIRECT and error.errno == errno.EINVAL:
+                raise _NoDirectIO from error
+            raise _failure(f"cannot write {nbytes} bytes to", target, error) from error
+        else:
+            try:
+                _sync(target.parent)
+            except OSError as error:
+                raise UnknownOutcome(
+                    f"{target} was written, but its directory could not be synced ({os.strerror(error.errno or 0)}): "
+                    "it may be gone after a crash; check the disk"
+                ) from error
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+    def _make_directories(self, directory: Path) -> None:
+        """Make what is missing, durably. Another process may remove an emptied directory meanwhile: then once more."""
+        for last in (*(False,) * (_MAKE_TRIES - 1), True):
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+                self._sync_directories(directory)
+                return
+            except FileNotFoundError:
+                if last:
+                    raise
+
+    def _sync_directories(self, directory: Path) -> None:
+        """Make the names of the directory and of all above it, up to the root, durable.
+
+        Also of those that were there already: who made them may have crashed before the sync.
+        """
+        if directory != self._root:
+            self._sync_directories(directory.parent)
+        known = (str(directory), directory.stat().st_ino)
+        if known in self._synced:
+            return
+        try:
+            _sync(directory.parent)
+        except PermissionError:
+            if directory != self._root:  # what holds the root need not be ours
+                raise
+        self._synced.add(known)
+
+
+class _NoDirectIO(Exception):
+    """This file system does not do direct I/O."""
+
+
+def _write_synced(temporary: Path, flags: int, write: Callable[[int], None]) -> None:
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | flags, 0o644)
+    try:
+        write(descriptor)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _link(temporary: Path, target: Path) -> None:
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        # Over NFS a link whose reply was lost is asked for again, and then finds its own work.
+        if temporary.stat().st_nlink < 2:
+            raise
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some file systems cannot sync a directory; they promise its order by other means.
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _failure(what: str, target: Path, error: OSError) -> StorageError:
+    cause = os.strerror(error.errno) if error.errno else str(error)
+    if isinstance(error, FileExistsError):
+        return AlreadyExists(f"{target} exists already")
+    if isinstance(error, FileNotFoundError):
+        return NotFound(f"{what} {target}: it is not there")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StorageError(f"disk full: {what} {target}: {cause}; {_free(target)} are free there; make room")
+    return StorageError(f"{what} {target}: {cause}")
+
+
+def _free(target: Path) -> str:
+    for directory in target.parents:
+        with contextlib.suppress(OSError):
+            return f"{shutil.disk_usage(directory).free >> 20} MiB"
+    return "0 MiB"
