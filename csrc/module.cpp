@@ -217,6 +217,8 @@ void read_into(int fd, std::uintptr_t address, std::size_t nbytes, std::uint64_t
 }  // namespace
 
 NB_MODULE(_native, m) {
+    // Pages and mappings live as long as the process that uses them: alive at exit is not leaked.
+    nb::set_leak_warnings(false);
     nb::register_exception_translator(translate_failure);
 
     nb::class_<ControlPage>(m, "ControlPage")

@@ -134,13 +134,18 @@ def _report(channel: int | None, error: Exception, *, brief: bool) -> None:
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
     report = ErrorReport(
         type=name[:256],
-        message=str(error)[: TRACEBACK_CHARS_MAX // 4],
-        traceback="" if brief else _text(error)[-TRACEBACK_CHARS_MAX // 2 :],
-        where=where[-256:],
+        message=_sendable(str(error))[: TRACEBACK_CHARS_MAX // 4],
+        traceback="" if brief else _sendable(_text(error))[-TRACEBACK_CHARS_MAX // 2 :],
+        where=_sendable(where)[-256:],
         unix_seconds=time.time(),
     )
     with contextlib.suppress(OSError), socket.socket(fileno=os.dup(channel)) as agent:
         agent.send(msgspec.json.encode(WorkerError(report)))
+
+
+def _sendable(text: str) -> str:
+    """Text without the half characters that undecodable file names leave in it."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _text(error: Exception) -> str:

@@ -113,7 +113,7 @@ class _Nursery:
         try:
             pid = os.fork()
         except OSError as error:
-            self._say(Forked(number, 0, f"cannot fork: {error}"))
+            self.say(Forked(number, 0, f"cannot fork: {error}"))
             _close(fds)
             return True
         if pid == 0:
@@ -124,7 +124,7 @@ class _Nursery:
             return False
         self.children.add(pid)
         _close(fds)
-        self._say(Forked(number, pid))
+        self.say(Forked(number, pid))
         return True
 
     def _reap(self) -> None:
@@ -140,7 +140,7 @@ class _Nursery:
                 self._sweep(pid)
                 self.children.discard(pid)
                 signum = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
-                self._say(Ended(pid, 0 if signum else os.WEXITSTATUS(status), signum))
+                self.say(Ended(pid, 0 if signum else os.WEXITSTATUS(status), signum))
 
     def _sweep(self, session: int | None) -> None:
         """Kill orphans: those of one worker's session, or all that belong to no living worker."""
@@ -150,7 +150,7 @@ class _Nursery:
             for victim in (pid, *proc.descendants(pid)):
                 _kill(victim)
 
-    def _say(self, message: Ready | Forked | Ended) -> None:
+    def say(self, message: Ready | Forked | Ended) -> None:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the agent's end is read next, and ends us
             self.agent.send(msgspec.json.encode(message))
 
@@ -212,7 +212,7 @@ def main() -> None:
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wakeup_write)
     nursery = _Nursery(agent, wakeup_read)
-    agent.send(msgspec.json.encode(Ready(time.monotonic() - started, left_out)))
+    nursery.say(Ready(time.monotonic() - started, left_out))
     nursery_pid = os.getpid()
     job = nursery.serve()
     if job is None:

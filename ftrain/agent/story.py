@@ -25,7 +25,7 @@ class Story:
         self._metrics = _open(directory, "metrics.jsonl")
         self.interruptions: deque[dict[str, Any]] = deque(maxlen=RECORDS_KEPT)
         self.recoveries: list[float] = []
-        self.metrics: dict[str, float] = {}
+        self.metrics: dict[str, float | str] = {}
         self.step = -1
         self._shown_at = 0.0
 
@@ -62,7 +62,7 @@ class Story:
                 _write(self._metrics, {"generation": metrics.generation, "step": metrics.step, **metrics.values})
                 if time.monotonic() - self._shown_at >= PROGRESS_SECONDS:
                     self._shown_at = time.monotonic()
-                    values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.values.items())
+                    values = "  ".join(f"{name} {number(value)}" for name, value in metrics.values.items())
                     log.info("step %d  %s", metrics.step, values)
             case _:
                 raise AssertionError(f"not a thing to tell: {action}")
@@ -71,6 +71,11 @@ class Story:
         for file in (self._events, self._metrics):
             if file is not None:
                 file.close()
+
+
+def number(value: float | str) -> str:
+    """A metric as people read it."""
+    return value if isinstance(value, str) else f"{value:.4g}"
 
 
 def _open(directory: Path | None, name: str) -> BinaryIO | None:

@@ -64,14 +64,10 @@ class Arena:
         self._fd = fd
         self._mapping: _native.Mapping | None = None
         self._regions: tuple[Region, ...] = ()
+        # A file that shrinks under a reader kills it with SIGBUS. Refused where it is sealed already.
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
         self.attach()
-
-    @staticmethod
-    def create(name: str) -> int:
-        """A new, empty arena's descriptor (close-on-exec). Its file can grow but never shrink under a reader."""
-        fd = _native.memory_file(name)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
-        return fd
 
     @property
     def slots(self) -> int:

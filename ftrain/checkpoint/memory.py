@@ -9,7 +9,7 @@ _CGROUPS = Path("/sys/fs/cgroup")
 
 def available_bytes() -> int:
     """The least that the kernel and any memory control group (v2) still grant without reclaiming what is in use."""
-    return min(_meminfo(), *_groups(), _meminfo())
+    return min([_meminfo(), *_groups()])
 
 
 def _meminfo() -> int:

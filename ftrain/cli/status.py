@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ftrain.agent.story import number
 from ftrain.cli.running import SECRET_NAME, WHEREABOUTS
 from ftrain.control.client import fetch_status
 from ftrain.control.secret import Secret
@@ -37,7 +38,7 @@ def status(
 
 def _show(picture: dict[str, Any]) -> None:
     console = Console()
-    metrics = "  ".join(f"{name} {value:.4g}" for name, value in picture["metrics"].items())
+    metrics = "  ".join(f"{name} {number(value)}" for name, value in picture["metrics"].items())
     console.print(f"[bold]{picture['run_id']}[/]  {picture['phase']}  generation {picture['generation']}  {metrics}")
     ranks = Table("rank", "node", "pid", "steps", "phase", "stall")
     for node in picture["nodes"]:

@@ -97,8 +97,8 @@ class Channel:
         if self.reason or self._writer.done():
             return False
         if len(self._queue) >= QUEUE_MESSAGES_MAX or self._queue_bytes + len(data) > QUEUE_BYTES_MAX:
-            self._fault = self.reason = f"{self.where} does not read what it is sent: it is cut."
-            self._abort()
+            self._fault = f"{self.where} does not read what it is sent: it is cut."
+            self.cut(self._fault)
             return False
         self._queue.append(data)
         self._queue_bytes += len(data)
@@ -112,12 +112,20 @@ class Channel:
             self._wake.set()
             self._deadline = asyncio.get_running_loop().call_later(CLOSE_SECONDS, self._abort)
 
+    def cut(self, reason: str) -> None:
+        """End the channel now, without a word to the other side, which may be unreachable."""
+        self.reason = self.reason or reason
+        self._wake.set()
+        self._abort()
+
     async def receive(self) -> bytes | None:
-        """The next message, encoded, or None when the connection has ended.
+        """The next message, encoded, or None when the connection has ended. Nothing comes any more after `close`.
 
         Raises ProtocolError for what is no message, and when the other side was cut because it does not read.
         """
         message = await self._socket.receive()
+        while self.reason and message.type in (WSMsgType.TEXT, WSMsgType.BINARY):
+            message = await self._socket.receive()
         if message.type is WSMsgType.TEXT:
             return message.data.encode() if isinstance(message.data, str) else bytes(message.data)
         if message.type is WSMsgType.BINARY:

@@ -89,6 +89,11 @@ class Client:
         data = encode(message)
         return self._channel is not None and self._channel.send(data)
 
+    def reconnect(self) -> None:
+        """Give the present connection up as dead and let `run` make another. Without effect where there is none."""
+        if self._channel is not None:
+            self._channel.cut(f"{self._channel.where} is silent.")
+
     def stop(self) -> None:
         """Send what is queued and close; `run` returns within about CLOSE_SECONDS. Returns at once."""
         self._stopped.set()
@@ -109,11 +114,8 @@ class Client:
                 self._channel = channel
                 on_state(None)
                 while (data := await channel.receive()) is not None:
-                    message = decode_from_coordinator(data, channel.where)
-                    if self._stopped.is_set():
-                        break
-                    on_message(message)
-                raise Unavailable(f"{channel.where} closed the connection.")
+                    on_message(decode_from_coordinator(data, channel.where))
+                raise Unavailable(channel.reason or f"{channel.where} closed the connection.")
             finally:
                 self._channel = None
                 await channel.finish()

@@ -20,7 +20,7 @@ from ftrain.errors import Unavailable
 
 OPENING_SECONDS = 5.0
 OPENINGS_MAX = 256
-CROWDED_SECONDS = 1.0
+CROWDED_SECONDS = 2.0
 SHUTDOWN_SECONDS = 1.0
 BACKLOG = 1024
 PAUSE_SECONDS = 0.1  # after accept failed for want of descriptors or memory
@@ -73,6 +73,7 @@ class Door:
         self._openings: dict[asyncio.Task[None], float] = {}  # when each came, oldest first
         self._by_protocol: dict[asyncio.BaseProtocol, Opening] = {}
         self._changed = asyncio.Event()  # an opening is over
+        self._closing = False
 
     def open(self, hosts: Sequence[str], port: int) -> int:
         """Listen on `port` (0: a free one) of each of `hosts`, and return the port. Raises Unavailable."""
@@ -87,6 +88,7 @@ class Door:
 
     async def close(self) -> None:
         """Stop listening, and cut every connection that is still opening."""
+        self._closing = True
         tasks = [*self._acceptors, *self._openings]
         for task in tasks:
             task.cancel()
@@ -154,7 +156,8 @@ class Door:
             self._refuse(opening, f"it {what} within {OPENING_SECONDS:g} seconds")
             _end(transport, connection)
         except asyncio.CancelledError:
-            self._refuse(opening, "it took too long while others wait")
+            if not self._closing:
+                self._refuse(opening, "it took too long while others wait")
             _end(transport, connection)
             raise
         except OSError as error:

@@ -160,23 +160,24 @@ def _parse(pem: bytes, where: str) -> x509.Certificate:
 def _read_private(path: Path) -> bytes:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            _check_private(path, os.fstat(descriptor))
+            return os.read(descriptor, FILE_BYTES_MAX)
+        finally:
+            os.close(descriptor)
     except FileNotFoundError:
         raise UsageError(f"There is no secret at {path}: make one with `ftrain secret {path}`.") from None
     except OSError as error:
         raise UsageError(f"The secret {path} cannot be read: {error.strerror}.") from error
-    with open(descriptor, "rb") as file:
-        state = os.fstat(descriptor)
-        if not stat.S_ISREG(state.st_mode):
-            raise UsageError(f"{path} is not a file, so it is not a run secret: name the file that has it.")
-        if state.st_mode & 0o077:
-            raise UsageError(
-                f"The secret {path} can be read by others (mode {stat.S_IMODE(state.st_mode):04o}): "
-                f"run `chmod 600 {path}`."
-            )
-        try:
-            return file.read(FILE_BYTES_MAX)
-        except OSError as error:
-            raise UsageError(f"The secret {path} cannot be read: {error.strerror}.") from error
+
+
+def _check_private(path: Path, state: os.stat_result) -> None:
+    if not stat.S_ISREG(state.st_mode):
+        raise UsageError(f"{path} is not a file, so it is not a run secret: name the file that has it.")
+    if state.st_mode & 0o077:
+        raise UsageError(
+            f"The secret {path} is open to others (mode {stat.S_IMODE(state.st_mode):04o}): run `chmod 600 {path}`."
+        )
 
 
 def _write_exclusive(path: Path, pem: bytes) -> None:

@@ -16,7 +16,7 @@ from aiohttp.http import HttpProcessingError
 
 from ftrain.control.channel import FRAME_BYTES_LIMIT, Channel, decode_from_agent, encode
 from ftrain.control.door import Door, Opening
-from ftrain.control.refusals import Refusals, logger
+from ftrain.control.refusals import Refusals, logger, printable
 from ftrain.control.secret import Secret
 from ftrain.core.messages import FromAgent, FromCoordinator, Hello
 from ftrain.errors import ProtocolError
@@ -104,28 +104,34 @@ class Service:
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         opening = self._door.opening(request.protocol) if self._door is not None else None
         if opening is None:
-            return _text(404, "One request for each connection.")
+            return _text(404, b"One request for each connection.")
         try:
-            match request.method, request.path:
-                case "GET", "/agent":
-                    return await self._agent(request, opening)
-                case "GET", "/status":
-                    body = msgspec.json.encode(self._owner.status())
-                    return _closing(web.Response(body=body, content_type="application/json"))
-                case "GET", "/metrics":
-                    return _text(200, self._owner.metrics(), "text/plain; version=0.0.4; charset=utf-8")
-                case _:
-                    self._members.add(f"refused {request.method} {request.path} from {opening.address}")
-                    return _text(404, "There is /agent, /status and /metrics.")
+            response = await self._answer(request, opening)
+            # Here and not in aiohttp, so that the door still watches over who does not read the answer.
+            await response.prepare(request)
+            await response.write_eof()
         finally:
             opening.over()
+        return response
+
+    async def _answer(self, request: web.BaseRequest, opening: Opening) -> web.StreamResponse:
+        match request.method, request.path:
+            case "GET", "/agent":
+                return await self._agent(request, opening)
+            case "GET", "/status":
+                return _text(200, msgspec.json.encode(self._owner.status()), "application/json")
+            case "GET", "/metrics":
+                return _text(200, self._owner.metrics().encode(), "text/plain; version=0.0.4; charset=utf-8")
+            case _:
+                self._members.add(f"refused {opening.address}: there is no {request.method} {request.path} here")
+                return _text(404, b"There is /agent, /status and /metrics.")
 
     async def _agent(self, request: web.BaseRequest, opening: Opening) -> web.StreamResponse:
         transport = request.transport
         socket = web.WebSocketResponse(timeout=CLOSE_SECONDS / 2, compress=False, max_msg_size=FRAME_BYTES_LIMIT)
         if transport is None or not socket.can_prepare(request):
             self._members.add(f"refused {opening.address}: /agent is for WebSockets")
-            return _text(426, "/agent is for agents.")
+            return _text(426, b"/agent is for agents.")
         await socket.prepare(request)
         channel = Channel(socket, f"the agent at {opening.address}", transport.abort)
         self._channels.add(channel)
@@ -147,26 +153,24 @@ class Service:
         if not isinstance(hello, Hello):
             raise ProtocolError(f"{channel.where} said {type(hello).__name__} before Hello.")
         opening.over()
-        channel.where = f"node {hello.node} at {opening.address}"
+        channel.where = f"node {printable(hello.node)} at {opening.address}"
         peer = Peer(hello, opening.address, channel)
-        reason = ""
+        reason = "the coordinator made a mistake, which is in its log"
         self._owner.on_open(peer)
         try:
             self._owner.on_message(peer, hello)
             while (data := await channel.receive()) is not None:
                 self._owner.on_message(peer, decode_from_agent(data, channel.where))
+            reason = channel.reason or "it hung up"
         except ProtocolError as error:
             reason = str(error)
             raise
         finally:
-            self._owner.on_close(peer, channel.reason or reason or "it hung up")
+            self._owner.on_close(peer, reason)
 
 
-def _text(status: int, text: str, content_type: str = "text/plain; charset=utf-8") -> web.Response:
-    return _closing(web.Response(status=status, body=text.encode(), headers={"Content-Type": content_type}))
-
-
-def _closing(response: web.Response) -> web.Response:
+def _text(status: int, body: bytes, content_type: str = "text/plain; charset=utf-8") -> web.Response:
+    response = web.Response(status=status, body=body, headers={"Content-Type": content_type})
     response.force_close()
     return response
 

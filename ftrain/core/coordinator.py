@@ -474,8 +474,12 @@ def _running(turn: Turn) -> None:
     state = turn.state
     generation = state.generation
     assert generation is not None
-    leave_codes = (ExitCode.PREEMPTED, ExitCode.OK) if state.drain is not None and state.drain.decided else (ExitCode.OK,)
-    failed = [exit for _, exit in state.exits.values() if exit.failed and exit.code not in leave_codes]
+    leaving_now = state.drain is not None and state.drain.decided
+    failed = [
+        exit
+        for _, exit in state.exits.values()
+        if exit.failed and not (leaving_now and exit.code == ExitCode.PREEMPTED and not exit.signal)
+    ]
     if failed or state.gone:
         if state.failure is None and failed:
             turn.set(failure=supervision.explain(state.exits[failed[0].rank][0], failed[0]))

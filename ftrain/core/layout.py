@@ -84,6 +84,12 @@ class TensorSpec:
         return prod(self.shape) * item_bytes(self.dtype, self.key)
 
 
+def describe(spec: TensorSpec) -> str:
+    """The tensor for people: float32[10, 4], and how it is placed."""
+    where = f" placed {','.join(spec.placements)} on a mesh of {list(spec.mesh.shape)}" if spec.mesh else ""
+    return f"{spec.dtype}{list(spec.shape)}{where}"
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Box:
     """A block of a global tensor. A scalar's box is `Box((), ())`, of volume 1."""
@@ -206,8 +212,8 @@ def _holders(named: Sequence[tuple[TensorSpec, tuple[int, ...]]]) -> dict[Box, t
     for spec, ranks in named:
         if _nature(spec) != _nature(first):
             raise MismatchedState(
-                f"{first.key}: rank {first_ranks[0]} has it as {_describe(first)}, "
-                f"rank {ranks[0]} as {_describe(spec)}; use other keys for tensors that differ, or mark them private"
+                f"{first.key}: rank {first_ranks[0]} has it as {describe(first)}, "
+                f"rank {ranks[0]} as {describe(spec)}; use other keys for tensors that differ, or mark them private"
             )
         naming.setdefault(spec.mesh, set()).update(ranks)
     boxes: dict[Box, set[int]] = {}
@@ -233,11 +239,6 @@ def _holders(named: Sequence[tuple[TensorSpec, tuple[int, ...]]]) -> dict[Box, t
 def _nature(spec: TensorSpec) -> tuple[object, ...]:
     """What all ranks must agree on. Meshes of the same form may differ in their ranks: replicas of a sharded group."""
     return spec.dtype, spec.shape, spec.placements, None if spec.mesh is None else spec.mesh.shape
-
-
-def _describe(spec: TensorSpec) -> str:
-    placed = f" placed {','.join(spec.placements)} on a mesh of {list(spec.mesh.shape)}" if spec.mesh else ""
-    return f"{spec.dtype}{list(spec.shape)}{placed}"
 
 
 @lru_cache(maxsize=256)
@@ -275,7 +276,7 @@ def _in_order(items: Iterable[WriteItem], specs: Sequence[TensorSpec]) -> tuple[
 
 @dataclass(frozen=True, slots=True)
 class SlotLayout:
-    """A pack's bytes, in memory as in the file: boxes, zeros, the shard index. All in bytes, from the image's beginning."""
+    """A pack's bytes, in memory as in the file: boxes, zeros, the shard index. All offsets and sizes in bytes."""
 
     offsets: tuple[int, ...]  # of each item
     payload_bytes: int  # the length of the zarr array: `chunks` times `chunk_bytes`

@@ -65,7 +65,7 @@ class WorkerAtEnd(msgspec.Struct, frozen=True, tag="at_end", tag_field="kind", f
 
 class WorkerMetrics(msgspec.Struct, frozen=True, tag="metrics", tag_field="kind", forbid_unknown_fields=True):
     step: int
-    values: dict[Name, float]
+    values: dict[Name, float | Name]  # a number that JSON lacks is its name: nan, inf, -inf
 
 
 class WorkerError(msgspec.Struct, frozen=True, tag="error", tag_field="kind", forbid_unknown_fields=True):

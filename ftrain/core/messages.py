@@ -177,7 +177,7 @@ class Notice(msgspec.Struct, frozen=True, tag="notice", tag_field="kind", forbid
 class Metrics(msgspec.Struct, frozen=True, tag="metrics", tag_field="kind", forbid_unknown_fields=True):
     generation: Count
     step: Count
-    values: dict[Name, float]
+    values: dict[Name, float | Name]  # a number that JSON lacks is its name: nan, inf, -inf
 
 
 class Goodbye(msgspec.Struct, frozen=True, tag="goodbye", tag_field="kind", forbid_unknown_fields=True):

@@ -42,7 +42,7 @@ class Storage(Protocol):
         ...
 
     def read_into(self, path: str, offset: int, address: int, nbytes: int) -> None:
-        """Fill the memory at `address` from `offset` of `path`. Raises `NotFound`, or `CorruptCheckpoint` when short."""
+        """Fill memory at `address` from `offset` of `path`. Raises `NotFound` or, when short, `CorruptCheckpoint`."""
         ...
 
     def size(self, path: str) -> int:

@@ -29,6 +29,7 @@ class PosixStorage:
     def __init__(self, root: str | Path) -> None:
         self._root = Path(root).absolute()
         self._synced: set[tuple[str, int]] = set()  # (directory, inode) whose name is known to be durable
+        self._doubtful: set[str] = set()  # paths whose directory's sync failed: only a restart shows what they are
 
     @property
     def url(self) -> str:
@@ -44,6 +45,7 @@ class PosixStorage:
 
     def confirm(self, path: str, data: bytes) -> bool:
         target = self._path(path)
+        self._refuse_doubtful(path)
         try:
             if target.read_bytes() != data:
                 return False
@@ -72,6 +74,7 @@ class PosixStorage:
 
     def read(self, path: str) -> bytes:
         target = self._path(path)
+        self._refuse_doubtful(path)
         try:
             return target.read_bytes()
         except OSError as error:
@@ -143,6 +146,12 @@ class PosixStorage:
             raise StorageError(f"{path!r} is not a path inside of {self._root}")
         return self._root.joinpath(*parts)
 
+    def _refuse_doubtful(self, path: str) -> None:
+        if path in self._doubtful:
+            raise UnknownOutcome(
+                f"{self._path(path)} may be gone after a crash: syncing its directory failed; check the disk"
+            )
+
     def _create(self, path: str, nbytes: int, flags: int, write: Callable[[int], None]) -> None:
         target = self._path(path)
         temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
@@ -158,6 +167,7 @@ class PosixStorage:
             try:
                 _sync(target.parent)
             except OSError as error:
+                self._doubtful.add(path)
                 raise UnknownOutcome(
                     f"{target} was written, but its directory could not be synced ({os.strerror(error.errno or 0)}): "
                     "it may be gone after a crash; check the disk"

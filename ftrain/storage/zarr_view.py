@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import gcd
 from typing import Any
 
@@ -18,7 +18,7 @@ import msgspec
 
 from ftrain import _native
 from ftrain.core.layout import ITEM_BYTES, Box
-from ftrain.core.manifest import BoxRecord, PackIndex, data_path, pack_path
+from ftrain.core.manifest import FORMAT, BoxRecord, PackIndex, data_path, pack_path
 
 CHUNKS_MAX = 1 << 20  # of one array, beyond which its boxes are shown one by one
 
@@ -33,7 +33,7 @@ _RESERVED = re.compile(r"^(\.|__|rank-|zarr\.json$)")
 
 
 def pack_metadata(payload_bytes: int, chunk_bytes: int) -> bytes:
-    """`zarr.json` of a pack: one shard that is the whole array."""
+    """`zarr.json` of a pack: one shard, the whole array."""
     return _json(
         _array(
             (payload_bytes,),
@@ -60,21 +60,26 @@ def shard_index(payload_bytes: int, chunk_bytes: int) -> bytes:
 
 
 def references(indexes: Sequence[PackIndex]) -> bytes:
-    """`refs.json`: every tensor as a zarr v3 array whose chunks are byte ranges of packs, named relative to the attempt."""
-    refs: dict[str, Any] = {"zarr.json": _group({"ftrain_format": 1})}
+    """`refs.json`: every tensor as a zarr v3 array, its chunks byte ranges of packs below the attempt."""
+    view = _View()
     shared: dict[str, list[_Part]] = {}
     for index in sorted(indexes, key=lambda index: index.rank):
         own = f"rank-{index.rank:05d}"
         for record in index.boxes:
             part = _Part(record, data_path(pack_path(index.rank)), index.image_bytes)
             if record.private:
-                refs.setdefault(f"{own}/zarr.json", _group({"rank": index.rank}))
-                _add(refs, f"{own}/{array_name(record.key)}", [part])
+                view.nodes[own] = _group({"rank": index.rank})
+                _add(view, f"{own}/{array_name(record.key)}", [part])
             else:
                 shared.setdefault(record.key, []).append(part)
     for key, parts in shared.items():
-        _add(refs, array_name(key), parts)
-    return _json({"version": 1, "refs": refs})
+        _add(view, array_name(key), parts)
+    # With the metadata of all nodes in the root's, a reader lists and opens them without asking storage for each.
+    root = _group({"ftrain_format": FORMAT})
+    root["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": view.nodes}
+    nodes = {"": root, **view.nodes}
+    metadata = {f"{name}/zarr.json".lstrip("/"): _json(node).decode() for name, node in nodes.items()}
+    return _json({"version": 1, "refs": {**metadata, **view.chunks}})
 
 
 def array_name(key: str) -> str:
@@ -93,22 +98,28 @@ class _Part:
     file_bytes: int
 
 
-def _add(refs: dict[str, Any], name: str, parts: Sequence[_Part]) -> None:
+@dataclass(frozen=True, slots=True)
+class _View:
+    nodes: dict[str, dict[str, Any]] = field(default_factory=dict)  # metadata by path
+    chunks: dict[str, list[Any]] = field(default_factory=dict)  # [file, offset, length] by path
+
+
+def _add(view: _View, name: str, parts: Sequence[_Part]) -> None:
     first = parts[0].record
     chunk = _chunk_shape(first.shape, parts)
     attributes: dict[str, Any] = {"key": first.key, "dtype": first.dtype}
     if chunk is not None:
-        refs[f"{name}/zarr.json"] = _metadata(first.shape, chunk, first.dtype, attributes)
+        view.nodes[name] = _metadata(first.shape, chunk, first.dtype, attributes)
         for part in parts:
-            refs.update(_chunks(name, part, part.record.box, chunk))
+            view.chunks.update(_chunks(name, part, part.record.box, chunk))
         return
     # No regular grid holds these boxes: show each as an array of its own.
-    refs[f"{name}/zarr.json"] = _group({**attributes, "shape": list(first.shape), "boxes": len(parts)})
+    view.nodes[name] = _group({**attributes, "shape": list(first.shape), "boxes": len(parts)})
     for number, part in enumerate(parts):
         box, own = part.record.box, f"{name}/box-{number:05d}"
         place = {**attributes, "offset": list(box.offset), "tensor_shape": list(first.shape)}
-        refs[f"{own}/zarr.json"] = _metadata(box.shape, box.shape, first.dtype, place)
-        refs.update(_chunks(own, part, Box((0,) * len(box.shape), box.shape), box.shape))
+        view.nodes[own] = _metadata(box.shape, box.shape, first.dtype, place)
+        view.chunks.update(_chunks(own, part, Box((0,) * len(box.shape), box.shape), box.shape))
 
 
 def _chunk_shape(shape: tuple[int, ...], parts: Sequence[_Part]) -> tuple[int, ...] | None:
@@ -168,13 +179,13 @@ def _chunks(name: str, part: _Part, box: Box, chunk: tuple[int, ...]) -> Iterabl
         yield where, [part.url, part.record.offset + number * nbytes, nbytes]
 
 
-def _metadata(shape: Sequence[int], chunk: Sequence[int], dtype: str, attributes: Mapping[str, Any]) -> str:
+def _metadata(shape: Sequence[int], chunk: Sequence[int], dtype: str, attributes: Mapping[str, Any]) -> dict[str, Any]:
     zarr_type = _ZARR_TYPES[dtype]
     codec: dict[str, Any] = {"name": "bytes"}
     if zarr_type not in ("bool", "int8", "uint8"):
         codec["configuration"] = {"endian": "little"}
     chunk = [max(1, size) for size in chunk]
-    return _json(_array(shape, chunk, zarr_type, attributes, codec)).decode()
+    return _array(shape, chunk, zarr_type, attributes, codec)
 
 
 def _array(
@@ -194,8 +205,8 @@ def _array(
     }
 
 
-def _group(attributes: Mapping[str, Any]) -> str:
-    return _json({"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}).decode()
+def _group(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    return {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
 
 
 def _json(value: object) -> bytes:

@@ -1,1 +1,7 @@
+"""Inside the training process: join a run, track its state, go through its steps."""
 
+from __future__ import annotations
+
+from ftrain.worker.run import Run, Step, Steps, join
+
+__all__ = ["Run", "Step", "Steps", "join"]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import stat
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from ftrain.errors import ExitCode
 yaml = pytest.importorskip("yaml", reason="PyYAML comes with kubernetes-validate: pip install ftrain[dev]")
 kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="pip install ftrain[dev]")
 
+COUNTING = Path(__file__).with_name("counting.py")
 STAND_IN = Path(__file__).with_name("stand_in_ftrain.sh")
 OLDEST_AND_NEWEST = ("1.29", "1.37")
 
@@ -32,6 +35,11 @@ def documents(launch_directory: Path) -> dict[str, Document]:
 def container(documents: dict[str, Document]) -> Document:
     [container] = documents["Job"]["spec"]["template"]["spec"]["containers"]
     return dict(container)
+
+
+def values_of(container: Document) -> dict[str, str]:
+    """The variables that the manifest itself gives a value; the others come from the pod."""
+    return {each["name"]: each["value"] for each in container["env"] if "value" in each}
 
 
 def secret_made_by_kubectl(name: str) -> Document:
@@ -58,7 +66,7 @@ def test_names_that_refer_to_each_other_agree(
 ) -> None:
     service, job = documents["Service"], documents["Job"]
     pod = job["spec"]["template"]["spec"]
-    variables = {each["name"]: each["value"] for each in container["env"]}
+    variables = values_of(container)
     [port] = service["spec"]["ports"]
     assert service["spec"]["clusterIP"] == "None"
     assert service["spec"]["selector"] == {"batch.kubernetes.io/job-name": job["metadata"]["name"]}
@@ -75,6 +83,7 @@ def test_names_that_refer_to_each_other_agree(
     assert variables["SECRET_SOURCE"] == f"{mounts['secret']}/secret"
     assert variables["SECRET"].startswith(f"{mounts['shm']}/")
     assert variables["RUN_DIR"].startswith(f"{mounts['runs']}/")
+    assert int(variables["GRACE"].removesuffix("s")) < pod["terminationGracePeriodSeconds"]
 
     kustomization = yaml.safe_load((launch_directory / "kubernetes" / "kustomization.yaml").read_text())
     assert kustomization["resources"] == ["job.yaml"]
@@ -124,7 +133,8 @@ def test_pod_runs_the_launcher_with_its_index_as_node_rank(container: Document, 
     source.write_text("key and certificate")
     source.chmod(0o440)
     secret = tmp_path / "secret"
-    variables = {each["name"]: each["value"] for each in container["env"]} | {
+    variables = values_of(container) | {
+        "POD_IP": "10.1.2.3",
         "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
         "JOB_COMPLETION_INDEX": str(index),
         "RUN_DIR": str(run),
@@ -134,11 +144,50 @@ def test_pod_runs_the_launcher_with_its_index_as_node_rank(container: Document, 
     subprocess.run([*container["command"], *container["args"], "--steps", "two words"], env=variables, check=True)
     assert (run / f"node{index}.start0" / "arguments").read_text().split("\0")[:-1] == [
         *("launch", "--nnodes", "2", "--node-rank", str(index), "--nproc-per-node", "auto"),
-        *("--rdzv-endpoint", "train-0.train:29400", "--secret", str(secret), "--run-dir", str(run)),
-        *("--checkpoint-every", "100", "train.py", "--steps", "two words"),
+        *("--rdzv-endpoint", "train-0.train:29400", "--local-addr", "10.1.2.3"),
+        *("--secret", str(secret), "--run-dir", str(run)),
+        *("--checkpoint-every", "5m", "--grace", "100s", "train.py", "--steps", "two words"),
     ]
     assert secret.read_text() == "key and certificate"
     assert stat.S_IMODE(secret.stat().st_mode) == 0o600
+
+
+def test_pods_of_a_job_train_together_to_the_end(container: Document, tmp_path: Path) -> None:
+    ftrain = Path(sys.executable).with_name("ftrain")
+    mounted = tmp_path / "mounted"
+    subprocess.run([ftrain, "secret", mounted], check=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    variables = values_of(container) | {
+        "PATH": f"{ftrain.parent}{os.pathsep}{os.environ['PATH']}",
+        "ENDPOINT": f"127.0.0.1:{port}",
+        "POD_IP": "127.0.0.1",
+        "RANKS_PER_NODE": "1",
+        "RUN_DIR": str(tmp_path / "run"),
+        "SECRET_SOURCE": str(mounted),
+        "OMP_NUM_THREADS": "1",
+    }
+    *args, script = container["args"]
+    assert script == "train.py"
+    pods = [
+        subprocess.Popen(
+            [*container["command"], *args, COUNTING, tmp_path, "20", "0"],
+            env=variables | {"JOB_COMPLETION_INDEX": str(index), "SECRET": str(tmp_path / f"secret{index}")},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in (0, 1)
+    ]
+    try:
+        outputs = [pod.communicate(timeout=120)[0] for pod in pods]
+    finally:
+        for pod in pods:
+            pod.kill()
+    assert [pod.returncode for pod in pods] == [0, 0], "\n".join(outputs)
+    for rank in (0, 1):
+        assert (tmp_path / f"total.{rank}").read_text() == "20.0\n"
 
 
 def test_kustomization_adds_the_secret_to_the_manifest(launch_directory: Path, tmp_path: Path) -> None:

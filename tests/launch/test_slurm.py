@@ -23,7 +23,7 @@ def submit(slurm: SlurmCluster, launch_directory: Path, tmp_path: Path) -> Submi
     programs.mkdir()
     (programs / "ftrain").symlink_to(STAND_IN)
 
-    def submit(*arguments: str, **variables: str) -> int:
+    def submit(*arguments: str, options: tuple[str, ...] = (), **variables: str) -> int:
         environment = {
             "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
             "RUN_DIR": str(tmp_path / "run"),
@@ -33,6 +33,7 @@ def submit(slurm: SlurmCluster, launch_directory: Path, tmp_path: Path) -> Submi
         }
         return slurm.sbatch(
             "--cpus-per-task=2",
+            *options,
             f"--output={tmp_path}/job.log",
             launch_directory / "slurm" / "train.sbatch",
             *arguments,
@@ -61,6 +62,7 @@ def test_job_on_two_nodes_starts_one_launcher_on_each_and_completes(
             *("launch", "--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", "3"),
             *("--rdzv-endpoint", f"127.0.0.1:{20000 + number % 12000}"),
             *("--secret", f"{run}/secret", "--run-dir", str(run), "--checkpoint-every", "5"),
+            *("--grace", "200s"),
             *("train.py", "--name", "two words", ""),
         ]
 
@@ -92,6 +94,14 @@ def test_preempted_job_saves_is_requeued_and_completes(slurm: SlurmCluster, subm
     assert "start 2, 2 nodes" in log
 
 
+def test_job_near_its_time_limit_saves_is_requeued_and_completes(
+    slurm: SlurmCluster, submit: Submit, tmp_path: Path
+) -> None:
+    number = submit("stay.py", options=("--time=1", "--signal=TERM@40"))
+    wait_for_both(slurm, tmp_path / "run", "saved")
+    assert slurm.wait_for_job(number, "COMPLETED").restarts == 1
+
+
 def test_job_that_was_requeued_too_often_ends_with_exit_code_75(
     slurm: SlurmCluster, submit: Submit, tmp_path: Path
 ) -> None:
@@ -117,6 +127,15 @@ def test_killed_launcher_is_started_again_on_its_node(slurm: SlurmCluster, submi
     run = tmp_path / "run"
     assert arguments_of(run, node=1, start=1) == arguments_of(run, node=1, start=0)
     assert not (run / "node0.start1").exists()
+
+
+def test_launcher_that_is_told_to_leave_before_it_has_begun_is_requeued(
+    slurm: SlurmCluster, submit: Submit, tmp_path: Path
+) -> None:
+    number = submit("begin.py")
+    wait_for_both(slurm, tmp_path / "run", "ready")
+    slurm.command("scancel", "--signal=TERM", str(number))
+    assert slurm.wait_for_job(number, "COMPLETED").restarts == 1
 
 
 def test_failed_script_fails_the_job_with_its_exit_code(slurm: SlurmCluster, submit: Submit, tmp_path: Path) -> None:

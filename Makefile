@@ -1,0 +1,54 @@
+# `make` lists the targets. Everything happens in .venv, which the first one that needs it makes.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Python sources are not in the list: the install is editable, only what is compiled or resolved needs it again.
+INSTALL_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check lint types bench setup setup-dev clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: setup  ## train, be hurt, recover, and compare with a run that was never hurt
+	$(BIN)/python examples/demo.py
+
+test: setup-dev  ## all tests
+	$(BIN)/python -m pytest -q --durations=10
+
+check: lint types  ## what CI runs: lint, types, tests
+	@$(MAKE) --no-print-directory test
+
+lint: setup-dev  ## ruff, rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup-dev  ## mypy --strict
+	$(BIN)/mypy
+
+bench: setup-dev  ## every benchmark in bench/
+	@set -e; for file in bench/*.py; do echo "$$file"; $(BIN)/python "$$file"; done
+
+setup: $(VENV)/.installed  ## install ftrain into .venv
+setup-dev: $(VENV)/.installed-dev  ## the same, with what the checks need
+
+# Its last file is pip: a venv that lacks it, for want of Debian's python3-venv, is made again.
+$(BIN)/pip:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(INSTALL_INPUTS) | $(BIN)/pip
+	@echo "installing ftrain and what it needs into $(VENV) (torch is large: this can take minutes)"
+	@$(PIP_INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(INSTALL_INPUTS) | $(BIN)/pip
+	@echo "installing ftrain, what it needs and what its checks need into $(VENV) (this can take minutes)"
+	@$(PIP_INSTALL) --editable '.[dev]'
+	@touch $@ $(VENV)/.installed
+
+clean:  ## remove .venv, build products and caches; runs stay
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find ftrain tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from ftrain.checkpoint.items import dtype_name, item_of, spec_of, torch_dtype
+from ftrain.core.layout import ITEM_BYTES, Mesh, TensorSpec, local_box
+from ftrain.errors import UnsupportedTensor
+
+RANK, SIZE = 3, 8
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[DeviceMesh]:
+    """Rank 3 of 8, as 4 x 2, with a group that only pretends to communicate."""
+    dist.init_process_group("fake", store=FakeStore(), rank=RANK, world_size=SIZE)
+    yield init_device_mesh("cpu", (4, 2))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("shape", [(10, 7), (3, 2), (1, 1), (8, 4, 2)])
+@pytest.mark.parametrize(
+    "placements",
+    [
+        (Shard(0), Replicate()),
+        (Replicate(), Shard(1)),
+        (Shard(0), Shard(1)),
+        (Shard(1), Shard(0)),
+        (Shard(-1), Replicate()),
+        (Shard(0), Shard(0)),
+    ],
+)
+def test_a_dtensors_local_part_is_the_box_that_the_layout_says(
+    mesh: DeviceMesh, shape: tuple[int, ...], placements: tuple[Shard | Replicate, ...]
+) -> None:
+    tensor = distribute_tensor(torch.arange(float(torch.Size(shape).numel())).reshape(shape), mesh, placements)
+    item = item_of("w", tensor)
+    assert item.spec.mesh == Mesh((4, 2), tuple(range(SIZE)))
+    box = local_box(item.spec, RANK)
+    assert box is not None
+    assert tuple(item.local.shape) == box.shape
+    assert item.spec.shape == shape
+
+
+@pytest.mark.parametrize("placement", [Partial(), _StridedShard(0, split_factor=2)])
+def test_a_placement_that_the_format_does_not_know_is_refused_by_name(mesh: DeviceMesh, placement: object) -> None:
+    tensor = DTensor.from_local(torch.zeros(4, 4), mesh, [Replicate(), Replicate()], run_check=False)
+    object.__setattr__(tensor._spec, "placements", (placement, Replicate()))
+    with pytest.raises(UnsupportedTensor, match=r"layer\.w: a DTensor placed as .*redistribute"):
+        spec_of("layer.w", tensor)
+
+
+def test_a_private_dtensor_is_its_local_part(mesh: DeviceMesh) -> None:
+    tensor = distribute_tensor(torch.zeros(8, 2), mesh, (Shard(0), Replicate()))
+    assert spec_of("w", tensor, private=True) == TensorSpec("w", "float32", (2, 2), private=True)
+
+
+@pytest.mark.parametrize("name", ITEM_BYTES)
+def test_every_dtype_of_the_format_is_torchs(name: str) -> None:
+    tensor = torch.zeros(3, dtype=torch.uint8).new_empty(3, dtype=torch_dtype(name))
+    assert dtype_name(tensor.dtype) == name
+    assert spec_of("w", tensor).nbytes == 3 * tensor.element_size()
+
+
+@pytest.mark.parametrize(
+    ("tensor", "problem"),
+    [
+        (torch.zeros(2, 2).to_sparse(), "sparse"),
+        (torch.empty(2, device="meta"), "meta"),
+        (torch.quantize_per_tensor(torch.zeros(2), 1.0, 0, torch.quint8), "quint8"),
+    ],
+)
+def test_a_tensor_that_is_not_plain_and_dense_is_refused_by_name(tensor: torch.Tensor, problem: str) -> None:
+    with pytest.raises(UnsupportedTensor, match=f"^layer: .*{problem}"):
+        spec_of("layer", tensor)
+
+
+def test_a_dtype_that_this_torch_lacks_is_refused() -> None:
+    with pytest.raises(UnsupportedTensor, match="float3"):
+        torch_dtype("float3")

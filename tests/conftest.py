@@ -1,0 +1,52 @@
+"""What holds for the whole suite: no process that a test started may outlive it."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+# Every process that a test starts inherits this variable, so it is found even after its parents are gone.
+MARK_NAME = "FTRAIN_TEST_SESSION"
+MARK = uuid.uuid4().hex
+EXIT_SECONDS_MAX = 15.0  # for processes that are on their way out when the last test ends
+HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")  # Python's own, which end with pytest
+
+
+def leftovers() -> list[psutil.Process]:
+    """Our living descendants, and whatever carries this session's mark."""
+    me = psutil.Process()
+    descendants = {child.pid for child in me.children(recursive=True)}
+    return [p for p in psutil.process_iter() if p.pid != me.pid and is_leftover(p, p.pid in descendants)]
+
+
+def is_leftover(process: psutil.Process, is_descendant: bool) -> bool:
+    try:
+        command = " ".join(process.cmdline())
+        if process.status() == psutil.STATUS_ZOMBIE or any(helper in command for helper in HELPERS):
+            return False
+        return is_descendant or process.environ().get(MARK_NAME) == MARK
+    except psutil.Error:  # it ended while we looked, or belongs to someone else
+        return False
+
+
+def describe(process: psutil.Process) -> str:
+    try:
+        return f"pid {process.pid} (parent {process.ppid()}): {' '.join(process.cmdline())[:200]}"
+    except psutil.Error:
+        return f"pid {process.pid}: gone meanwhile"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_process_left() -> Iterator[None]:
+    os.environ[MARK_NAME] = MARK
+    yield
+    _, alive = psutil.wait_procs(leftovers(), timeout=EXIT_SECONDS_MAX)
+    if alive:
+        report = "\n  ".join(describe(process) for process in alive)
+        for process in alive:
+            process.kill()
+        pytest.fail(f"the tests left {len(alive)} process(es), now killed:\n  {report}", pytrace=False)

@@ -1,0 +1,157 @@
+"""What every `Storage` must do: one suite for all of them."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from ftrain.errors import AlreadyExists, CorruptCheckpoint, NotFound, StorageError, UsageError
+from ftrain.storage import PosixStorage, Storage, open_storage
+
+
+@pytest.fixture(params=[PosixStorage], ids=["posix"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    made: Storage = request.param(tmp_path / "run")
+    return made
+
+
+class Memory:
+    """Page-aligned memory at an address."""
+
+    def __init__(self, nbytes: int, data: bytes = b"") -> None:
+        self.map = mmap.mmap(-1, nbytes)
+        self.map[: len(data)] = data
+        self.hold = ctypes.c_char.from_buffer(self.map)
+        self.address = ctypes.addressof(self.hold)
+
+    def bytes(self) -> bytes:
+        return self.map[:]
+
+
+@pytest.fixture
+def never() -> Callable[[], bool]:
+    return lambda: False
+
+
+def test_what_was_created_is_read_back(storage: Storage) -> None:
+    storage.create("a/b/c.json", b"data")
+    assert storage.read("a/b/c.json") == b"data"
+    assert storage.size("a/b/c.json") == 4
+    assert storage.exists("a/b/c.json")
+    assert storage.exists("a/b")
+    assert storage.list("a") == ["b"]
+    assert storage.list("a/b") == ["c.json"]
+    storage.create("empty", b"")
+    assert storage.read("empty") == b""
+
+
+def test_what_is_absent_is_told_so(storage: Storage) -> None:
+    assert not storage.exists("a")
+    assert storage.list("a") == []
+    for call in (storage.read, storage.size):
+        with pytest.raises(NotFound, match="a/b"):
+            call("a/b")
+    memory = Memory(4096)
+    with pytest.raises(NotFound):
+        storage.read_into("a/b", 0, memory.address, 1)
+    storage.remove_tree("a")
+
+
+def test_a_taken_name_is_refused_and_keeps_its_content(storage: Storage, never: Callable[[], bool]) -> None:
+    storage.create("dir/name", b"first")
+    with pytest.raises(AlreadyExists, match="dir/name"):
+        storage.create("dir/name", b"second")
+    memory = Memory(4096, b"third")
+    with pytest.raises(AlreadyExists):
+        storage.write_from("dir/name", memory.address, 4096, should_stop=never)
+    assert storage.read("dir/name") == b"first"
+    assert storage.list("dir") == ["name"]
+
+
+def test_of_many_creators_exactly_one_wins(storage: Storage) -> None:
+    def create(number: int) -> int | None:
+        try:
+            storage.create("journal/1.json", b"%d" % number * 1000)
+        except AlreadyExists:
+            return None
+        return number
+
+    with ThreadPoolExecutor(8) as pool:
+        winners = [number for number in pool.map(create, range(8)) if number is not None]
+    assert len(winners) == 1
+    assert storage.read("journal/1.json") == b"%d" % winners[0] * 1000
+
+
+def test_confirm_tells_ones_own_from_anothers(storage: Storage) -> None:
+    assert not storage.confirm("x/y", b"mine")
+    storage.create("x/y", b"mine")
+    assert storage.confirm("x/y", b"mine")
+    assert not storage.confirm("x/y", b"yours")
+
+
+@pytest.mark.parametrize(("begin", "nbytes"), [(0, 8192), (0, 100), (5, 4096), (0, 0)])
+def test_memory_is_written_and_read_back_at_any_alignment(
+    storage: Storage, never: Callable[[], bool], begin: int, nbytes: int
+) -> None:
+    data = bytes(range(256)) * 64
+    source = Memory(len(data), data)
+    storage.write_from("p/0", source.address + begin, nbytes, should_stop=never)
+    assert storage.read("p/0") == data[begin : begin + nbytes]
+    if nbytes > 10:
+        target = Memory(16384)
+        storage.read_into("p/0", 3, target.address + 1, nbytes - 3)
+        assert target.bytes()[1 : nbytes - 2] == data[begin + 3 : begin + nbytes]
+
+
+def test_a_range_beyond_the_end_is_corrupt(storage: Storage) -> None:
+    storage.create("short", b"12345")
+    memory = Memory(4096)
+    with pytest.raises(CorruptCheckpoint, match="short"):
+        storage.read_into("short", 3, memory.address, 3)
+
+
+def test_a_write_that_is_told_to_stop_leaves_nothing(storage: Storage) -> None:
+    memory = Memory(4096)
+    with pytest.raises(StorageError, match="stopped"):
+        storage.write_from("packs/0", memory.address, 4096, should_stop=lambda: True)
+    assert storage.list("packs") == []
+
+
+def test_a_removed_tree_is_gone_with_the_directories_that_it_emptied(storage: Storage) -> None:
+    storage.create("checkpoints/step-1/a1/manifest.json", b"1")
+    storage.create("checkpoints/step-1/a1/packs/0/c/0", b"1")
+    storage.create("checkpoints/step-1/a2/manifest.json", b"1")
+    storage.remove_tree("checkpoints/step-1/a1")
+    assert storage.list("checkpoints/step-1") == ["a2"]
+    storage.remove_tree("checkpoints/step-1/a2")
+    assert storage.list("checkpoints") == []
+    storage.create("checkpoints/step-1/a3/manifest.json", b"1")
+    assert storage.read("checkpoints/step-1/a3/manifest.json") == b"1"
+
+
+@pytest.mark.parametrize("path", ["../x", "/x", "a//b", "a/./b", "a/../../b"])
+def test_a_path_that_leaves_the_root_is_refused(storage: Storage, path: str) -> None:
+    with pytest.raises(StorageError, match="not a path inside"):
+        storage.create(path, b"")
+
+
+def test_urls_and_paths_open_the_same_storage(tmp_path: Path) -> None:
+    open_storage(str(tmp_path / "a b")).create("x", b"1")
+    assert open_storage(f"file://{tmp_path}/a%20b").read("x") == b"1"
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/run", "file://host/run", ""])
+def test_a_storage_that_there_is_not_is_a_wrong_use(url: str) -> None:
+    with pytest.raises(UsageError):
+        open_storage(url)
+
+
+def test_a_file_in_place_of_the_directory_is_a_wrong_use(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UsageError, match="not a directory"):
+        open_storage(str(tmp_path / "file"))
