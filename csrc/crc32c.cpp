@@ -81,7 +81,11 @@ std::uint32_t step_software(std::uint32_t state, const unsigned char* p, std::si
 
 #if defined(__x86_64__)
 
+#if defined(__clang__)  // which counts the instruction as a feature of its own
+#define FTRAIN_CRC_TARGET __attribute__((target("sse4.2,crc32,pclmul")))
+#else
 #define FTRAIN_CRC_TARGET __attribute__((target("sse4.2,pclmul")))
+#endif
 
 FTRAIN_CRC_TARGET inline std::uint32_t step_word(std::uint32_t state, std::uint64_t word) {
     return static_cast<std::uint32_t>(_mm_crc32_u64(state, word));

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from ftrain.control.client import fetch_status
 from ftrain.control.secret import Secret
@@ -38,8 +40,13 @@ console = Console(highlight=False, soft_wrap=True)
 started = time.monotonic()
 
 
-def say(text: str, style: str = "") -> None:
-    console.print(f"[dim]{time.monotonic() - started:6.1f} s[/]  {text}", style=style)
+def say(text: str) -> None:
+    console.print(f"[dim]{time.monotonic() - started:6.1f} s[/]  {text}")
+
+
+def quote(line: str) -> None:
+    """What a launcher said, as it said it."""
+    console.print(Text(f"{time.monotonic() - started:6.1f} s     {line}", style="cyan"))
 
 
 @dataclass
@@ -78,7 +85,7 @@ class Job:
     def read(self, launcher: subprocess.Popen[str]) -> None:
         assert launcher.stderr is not None
         for line in launcher.stderr:
-            say(f"   [cyan]{line.rstrip()[9:].replace('[', chr(92) + '[', 1)}[/]")
+            quote(line.rstrip()[9:])
 
     def status(self) -> dict[str, Any]:
         try:
@@ -124,6 +131,15 @@ def looping(status: dict[str, Any], beyond: int) -> bool:
     return len(ranks) == NODES * RANKS_PER_NODE and all(one["step"] > beyond for one in ranks)
 
 
+def attempts(run_dir: Path) -> set[str]:
+    """The checkpoints that are there, or are being written."""
+    found = set()
+    for step in os.listdir(run_dir / "checkpoints"):
+        with contextlib.suppress(FileNotFoundError):  # an old one is being removed just now
+            found |= {f"{step}/{attempt}" for attempt in os.listdir(run_dir / "checkpoints" / step)}
+    return found
+
+
 def hurt(job: Job) -> list[tuple[str, float]]:
     """The four injuries. Returns each with the seconds from the kill to the next new step on all ranks."""
     times = []
@@ -145,10 +161,10 @@ def hurt(job: Job) -> list[tuple[str, float]]:
     status = job.wait_for("the first commit", lambda s: s if s["commits"] and looping(s, 7) else None)
     kill_rank("in the middle of a step", 3, status)
 
-    before = {path.name for path in (job.run_dir / "checkpoints").rglob("g*-a*")}
-    while not (new := {path.name for path in (job.run_dir / "checkpoints").rglob("g*-a*")} - before):
+    before = attempts(job.run_dir)
+    while not (new := attempts(job.run_dir) - before):
         time.sleep(0.001)
-    kill_rank(f"while checkpoint {new.pop()} is being written", 1, job.status())
+    kill_rank(f"while {new.pop()} is being written", 1, job.status())
 
     for node_rank, what in ((1, "node 1's launcher"), (0, "node 0's launcher, the coordinator's home")):
         beyond = job.status()["commits"][-1]["step"]
@@ -165,7 +181,7 @@ def hurt(job: Job) -> list[tuple[str, float]]:
 
 
 def compare(parallel: str, root: Path, steps: int) -> bool:
-    arguments = ["--parallel", parallel, "--steps", str(steps)]
+    arguments = ["--parallel", parallel, "--steps", str(steps), "--layers", "2", "--width", "128", "--heads", "4"]
     say(f"[bold]{parallel.upper()}: the unhurt run[/]  {NODES} nodes x {RANKS_PER_NODE} ranks, {steps} steps")
     unhurt_job = Job("unhurt", root / f"{parallel}-unhurt", arguments)
     try:

@@ -40,9 +40,9 @@ def spec_of(key: str, tensor: torch.Tensor, private: bool = False) -> TensorSpec
         mesh = Mesh(tuple(tensor.device_mesh.mesh.shape), tuple(tensor.device_mesh.mesh.flatten().tolist()))
         return TensorSpec(key, dtype, tuple(tensor.shape), mesh, placements)
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    if local.layout != torch.strided or local.is_quantized or local.is_meta:
-        kind = "a meta tensor" if local.is_meta else "quantized" if local.is_quantized else f"of layout {local.layout}"
-        raise UnsupportedTensor(f"{key}: is {kind}; a checkpoint holds dense tensors with data, so convert it first")
+    if local.layout != torch.strided or local.is_meta:
+        kind = "has no data (device meta)" if local.is_meta else f"is not dense ({local.layout})"
+        raise UnsupportedTensor(f"{key}: {kind}; a checkpoint holds dense tensors with data, so convert it first")
     return TensorSpec(key, dtype, tuple(local.shape), private=private)
 
 

@@ -15,14 +15,17 @@ def stage(copies: Sequence[tuple[int, torch.Tensor]], arena: Arena, slot: int, t
     address = arena.address(slot)
     direct = []
     for offset, tensor in copies:
-        source = tensor.detach().resolve_conj().resolve_neg()
+        source = tensor.detach()
         if source.numel() == 0:
             continue
-        if source.device.type == "cpu":
-            source = source.contiguous()
-            # The tensor goes along with its address, so that a temporary lives until it is copied.
-            direct.append((source, (address + offset, source.data_ptr(), source.nbytes)))
+        if _is_plain_memory(source):
+            direct.append((address + offset, source.data_ptr(), source.nbytes))
         else:
             place = torch.frombuffer(arena.view(slot, offset, source.nbytes), dtype=torch.uint8)
             place.view(source.dtype).view(source.shape).copy_(source)
-    _native.copy_batch([pair for _, pair in direct], threads)
+    _native.copy_batch(direct, threads)
+
+
+def _is_plain_memory(tensor: torch.Tensor) -> bool:
+    """The tensor's bytes lie in host memory just as they are to be written."""
+    return tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()

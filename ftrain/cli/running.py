@@ -37,8 +37,7 @@ def run_job(spec: JobSpec) -> int:
     """Run this node; prints how it ended and returns the exit code."""
     set_up_logging(f"ftrain{'' if spec.topology.single else f' node {spec.topology.node_rank}'}")
     secret = _secret(spec)
-    continues = (spec.run_dir / "journal").is_dir()
-    log.info("%s %s", "continuing run" if continues else "run directory", spec.run_dir)
+    log.info("run directory %s", spec.run_dir)
     try:
         exit = asyncio.run(_run(spec, secret))
     except KeyboardInterrupt:

@@ -125,6 +125,11 @@ class Run:
         positions = [batches.state() for batches in self._batches]
         return part.items, {"tracked": part.plain, "random": random_state.capture(), "batches": positions}
 
+    @property
+    def must_rehearse(self) -> bool:
+        """A resumed run has to do one step for nothing first: see `Steps`."""
+        return self.restarted and self.world_size > 1 and self._tracked.rebuilds_buckets
+
     def restore(self) -> int:
         """Put the state of the commit to resume from back. Returns the number of steps that it had finished."""
         assert self._link is not None
@@ -189,7 +194,8 @@ class Steps:
         self._link = run.link
         self._total = total
         self._done = 0  # steps finished
-        self._began = False
+        self._began = False  # the state is restored, the real steps have begun
+        self._rehearsed = False
         self._open: Step | None = None
         self._snapshotter: Snapshotter | None = None
         self._planned: set[object] = set()
@@ -200,11 +206,14 @@ class Steps:
         return self
 
     def __next__(self) -> Step:
-        if not self._began:
-            self._began = True
-            self._begin()
         if self._open is not None:
             self.finish(self._open)
+        if not self._began:
+            if self._run.must_rehearse and not self._rehearsed:
+                self._rehearsed = True
+                return self._rehearsal()
+            self._began = True
+            self._begin()
         if self._total is not None and self._done >= self._total:
             self._end()
             raise StopIteration
@@ -218,6 +227,8 @@ class Steps:
         if self._open is not step:
             return
         self._open = None
+        if not self._began:
+            return  # a rehearsal leaves no trace: what it changed is restored next
         self._done += 1
         if self._link is None:
             return
@@ -226,12 +237,25 @@ class Steps:
             self._snapshot(number)
 
     def log(self, step: Step, values: dict[str, Any]) -> None:
+        if not self._began:
+            return
         if self._metrics is not None and self._metrics[0] == step.number:
             values = {**self._metrics[1], **values}
         else:
             # Those of an earlier step: their tensors are ready by now, so that reading them waits for nothing.
             self._send_metrics()
         self._metrics = (step.number, values)
+
+    def _rehearsal(self) -> Step:
+        """The step to go on from, once before the state is restored.
+
+        DDP sums gradients in other buckets in its first iteration than in all later ones, so in another order: other bits. The run
+        that never failed had its first iteration long ago, so a resumed one gets it over with before it counts.
+        """
+        assert self._link is not None and self._link.boot.resume is not None
+        self._link.enter(Phase.RESTORING)
+        self._open = Step(self, self._link.boot.resume.attempt.step)
+        return self._open
 
     def _begin(self) -> None:
         if self._link is None:

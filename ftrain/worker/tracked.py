@@ -80,7 +80,7 @@ class Tracked:
 
     def restore(self, checkpoint: Checkpoint, rank: int, source: int) -> None:
         """Put the state of a checkpoint back, in place. `source` is the rank whose private state this rank takes."""
-        plain = checkpoint.plain(source)
+        plain: Any = checkpoint.plain(source)["tracked"]
         for name in self._objects:
             if name not in plain:
                 raise MismatchedState(f"the checkpoint has nothing tracked as {name!r}: it has {', '.join(sorted(plain))}")
@@ -98,6 +98,11 @@ class Tracked:
         for one in self._objects.values():
             one.finish()
 
+    @property
+    def rebuilds_buckets(self) -> bool:
+        """Whether a module is replicated by DDP, which lays its buckets out anew after its first iteration."""
+        return any(isinstance(one, _Module) and one.replicated for one in self._objects.values())
+
     def parameters(self) -> dict[int, str]:
         """Parameter name by object, over all tracked modules."""
         return {
@@ -112,6 +117,9 @@ class _Module:
     def __init__(self, name: str, module: nn.Module) -> None:
         self._name = name
         self._module = _unwrapped(module)
+        self.replicated = isinstance(module, DistributedDataParallel) or isinstance(
+            getattr(module, "_orig_mod", None), DistributedDataParallel
+        )
         buffers = {id(buffer) for buffer in self._module.buffers()}
         self._buffers = {key for key, tensor in self.tensors() if id(tensor) in buffers}
         self._began = {key: _checksum(tensor) for key, tensor in self.tensors() if key in self._buffers}
@@ -152,6 +160,8 @@ class _Module:
         return items
 
     def finish(self) -> None:
+        for parameter in self._module.parameters():
+            parameter.grad = None  # a rehearsed step may have left some
         if self._extra:
             self._module.load_state_dict(self._extra, strict=False)
         self._extra = {}

@@ -123,7 +123,8 @@ def test_the_file_cannot_shrink_under_its_readers(fd: int) -> None:
 def test_a_snapshot_outlives_the_process_that_sealed_it(fd: int) -> None:
     code = (
         "import os, signal; from ftrain.checkpoint.arena import Arena\n"
-        f"arena = Arena({fd}); arena.reserve(2, 4096, 10, 0); arena.view(0, 0, 4)[:] = b'last'; arena.write_index(0, b'i')\n"
+        f"arena = Arena({fd}); arena.reserve(2, 4096, 10, 0)\n"
+        "arena.view(0, 0, 4)[:] = b'last'; arena.write_index(0, b'i')\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     assert subprocess.run([sys.executable, "-c", code], pass_fds=[fd], check=False).returncode == -9

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Self
 
 import torch
 
@@ -36,7 +37,7 @@ class World:
             Snapshotter(arena, rank, size, self._exchange_of(rank), bytes_max) for rank, arena in enumerate(self.arenas)
         ]
 
-    def __enter__(self) -> World:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -52,7 +53,7 @@ class World:
         self,
         attempt: Attempt,
         items: Callable[[int], Sequence[TensorItem]],
-        plain: Callable[[int], Mapping[str, object]] = lambda rank: {},
+        plain: Callable[[int], Mapping[str, object]] = lambda _: {},
         slot: int = 0,
     ) -> None:
         for rank, snapshotter in enumerate(self.snapshotters):
@@ -77,7 +78,7 @@ def save(
     attempt: Attempt,
     size: int,
     items: Callable[[int], Sequence[TensorItem]],
-    plain: Callable[[int], Mapping[str, object]] = lambda rank: {},
+    plain: Callable[[int], Mapping[str, object]] = lambda _: {},
 ) -> str:
     """One whole checkpoint; the digest of its manifest."""
     with World(size) as world:

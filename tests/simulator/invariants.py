@@ -1,0 +1,248 @@
+"""What must be true, kept apart from everybody's opinion: read off storage itself, and checked at every event.
+
+Promise 1: a committed checkpoint that is not retired has, for good, its manifest and the packs of exactly the ranks of its
+world, all of its own attempt. Promise 2: the journal is one chain, only its newest coordinator continues it, and nobody
+obeys or announces anything else.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ftrain.core import journal, node, run_state
+from ftrain.core import messages as m
+from ftrain.errors import CorruptCheckpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from tests.simulator.agents import Agent
+    from tests.simulator.coordinators import Coordinator
+    from tests.simulator.workers import Worker
+    from tests.simulator.world import World
+
+
+class Violation(Exception):
+    """A promise was broken."""
+
+
+class Truth:
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.history = journal.History()
+        self.writer = ""  # of the newest term
+        self.terms: dict[str, int] = {}  # writer -> term
+        self.worlds: dict[int, int] = {}  # generation -> world size
+        self.damaged: set[m.Attempt] = set()
+        self.commits = 0
+        self.last_step = 0  # of the newest commit that is not damaged
+        self.born: dict[tuple[int, int], int] = {}  # (generation, rank) -> pid
+        self.attempts: set[m.Attempt] = set()
+
+    # -------------------------------------------------------------------------------------------------- the journal
+
+    def landed(self, path: str, data: bytes) -> None:
+        """A record has become visible. Whoever reads the journal from now on sees it."""
+        record = journal.decode(data, path)
+        try:
+            self.history = self.history.after(record, journal.digest(data))
+        except CorruptCheckpoint as error:
+            raise Violation(f"the journal is not one chain: {error}") from None
+        writer = record.nonce.partition(":")[0]
+        body = record.body
+        if isinstance(body, journal.RunBody):
+            self.writer = writer
+            self.terms[writer] = record.sequence
+        elif writer != self.writer:
+            raise Violation(f"{writer} appended {type(body).__name__} though {self.writer} has taken over")
+        if self.world.tracing:
+            self.world.say("journal", body, f"{record.sequence:3d} by {writer}:")
+        match body:
+            case journal.GenerationBody():
+                self._generation(body)
+            case journal.CommitBody():
+                self._commit(body)
+            case journal.RetireBody(attempt):
+                self._retire(attempt)
+
+    def _generation(self, body: journal.GenerationBody) -> None:
+        if body.generation in self.worlds:
+            raise Violation(f"generation {body.generation} is in the journal twice")
+        if self.worlds and body.generation <= max(self.worlds):
+            raise Violation(f"generation {body.generation} follows {max(self.worlds)}")
+        self.worlds[body.generation] = body.world_size
+        for _, commit in reversed(self.history.commits):
+            if commit.attempt == body.resumes:
+                return
+            if commit.attempt not in self.damaged:
+                raise Violation(f"generation {body.generation} starts from {body.resumes}, not from {commit.attempt}")
+        if body.resumes is not None:
+            raise Violation(f"generation {body.generation} starts from {body.resumes}, which is no commit")
+
+    def _commit(self, body: journal.CommitBody) -> None:
+        self.commits += 1
+        attempt = body.attempt
+        latest = max(self.worlds, default=0)
+        if attempt.generation != latest:
+            raise Violation(f"{attempt} is committed in the time of generation {latest}")
+        if body.world_size != self.worlds[latest]:
+            raise Violation(f"{attempt}: committed for {body.world_size} ranks of {self.worlds[latest]}")
+        resumed = self.history.generation.resumes if self.history.generation is not None else None
+        if resumed is not None and attempt.step < resumed.step:
+            raise Violation(f"{attempt} is committed by a generation that began at step {resumed.step}")
+        if attempt.step < self.last_step:
+            raise Violation(f"{attempt} is committed after step {self.last_step}")
+        self.last_step = attempt.step
+        self._whole(body)
+
+    def _retire(self, attempt: m.Attempt) -> None:
+        # `history` has it left out already.
+        sound = [body for _, body in self.history.commits if body.attempt not in self.damaged]
+        if len(sound) < self.world.plan.policy.checkpoint.keep and attempt not in self.damaged:
+            raise Violation(f"{attempt} is retired: only {len(sound)} commits are left")
+
+    def _whole(self, body: journal.CommitBody) -> None:
+        """Exactly the packs of its world, each with its own content, and the manifest."""
+        attempt = body.attempt
+        if attempt in self.damaged:
+            return
+        storage = self.world.storage
+        expected = (body.world_size, tuple(range(body.world_size)))
+        manifest = storage.content(attempt, "manifest")
+        if manifest != expected:
+            raise Violation(f"{attempt} is committed, but its manifest is {manifest}")
+        for rank in range(body.world_size):
+            content = storage.content(attempt, f"packs/{rank}")
+            if content != (attempt.generation, attempt.number, attempt.step, rank):
+                raise Violation(f"{attempt} is committed, but the pack of rank {rank} is {content}")
+
+    def deleted(self, attempt: m.Attempt) -> None:
+        if self._committed(attempt):
+            raise Violation(f"{attempt} is deleted though it is committed and not retired")
+
+    def power_was_cut(self) -> None:
+        """Read everything again: what was committed before must have stayed, unless the very last record was in flight."""
+        before = self.history
+        after = journal.History()
+        try:
+            for path, data in self.world.storage.records():
+                after = after.after(journal.decode(data, path), journal.digest(data))
+        except CorruptCheckpoint as error:
+            raise Violation(f"after a power cut: {error}") from None
+        self.history = after
+        if after.head.sequence < before.head.sequence:
+            self._forget(after)
+        for _, body in after.commits:
+            self._whole(body)
+
+    def _forget(self, history: journal.History) -> None:
+        """A record whose directory was not synced yet is gone. Nobody may have acted upon it; `agents_heard` sees to that."""
+        if history.head.sequence < max((self.world.acted_upon), default=0):
+            raise Violation(f"the power cut took back journal record {self.world.acted_upon}")
+        number = history.generation.generation if history.generation is not None else 0
+        self.worlds = {key: size for key, size in self.worlds.items() if key <= number}
+        sound = [body.attempt.step for _, body in history.commits if body.attempt not in self.damaged]
+        self.last_step = max(sound, default=0)
+        self.terms = {writer: term for writer, term in self.terms.items() if term <= history.head.sequence}
+        self.writer = max(self.terms, key=self.terms.__getitem__, default="")
+
+    def _committed(self, attempt: m.Attempt) -> bool:
+        return any(body.attempt == attempt for _, body in self.history.commits)
+
+    def leftovers(self) -> tuple[m.Attempt, ...]:
+        """The attempts that have files."""
+        return tuple(sorted(attempt for attempt in self.attempts if attempt.path in self.world.storage.directories))
+
+    # ---------------------------------------------------------------------------------------------------- coordinators
+
+    def coordinator_stepped(
+        self, who: Coordinator, before: run_state.State, after: run_state.State, actions: Iterable[run_state.Action]
+    ) -> None:
+        if after.history.head.sequence > before.history.head.sequence:
+            self.world.acted_upon = max(self.world.acted_upon, after.history.head.sequence)
+        fenced = False
+        for action in actions:
+            match action:
+                case run_state.Send(_, message):
+                    self._sent(who, message, fenced)
+                case run_state.Discard(attempt):
+                    if self._committed(attempt):
+                        raise Violation(f"{who.name} discards {attempt}, which is committed and not retired")
+                case run_state.Publish(attempt):
+                    self.attempts.add(attempt)
+                case run_state.Exit(_, summary):
+                    fenced = "another coordinator" in summary
+
+    def _sent(self, who: Coordinator, message: m.FromCoordinator, fenced: bool) -> None:
+        if fenced:
+            raise Violation(f"{who.name} was fenced, and then says {message}")
+        match message:
+            case m.Committed(attempt=attempt):
+                if not any(body.attempt == attempt for _, body in self.history.commits) and (
+                    attempt not in self.history.retired
+                ):
+                    raise Violation(f"{who.name} announces {attempt}, which the journal does not have")
+                self._durable(who, message)
+            case m.Start(generation=generation):
+                if generation not in self.worlds:
+                    raise Violation(f"{who.name} starts generation {generation}, which the journal does not have")
+                self._durable(who, message)
+            case m.Arm(attempt=attempt):
+                self.attempts.add(attempt)
+
+    def _durable(self, who: Coordinator, message: m.FromCoordinator) -> None:
+        """What the message rests on must survive a power cut at this very moment."""
+        head = who.state.history.head.sequence if who.state is not None else 0
+        self.world.acted_upon = max(self.world.acted_upon, head)
+
+    # ------------------------------------------------------------------------------------------------------------ agents
+
+    def agent_stepped(self, who: Agent, before: node.State, event: node.Event, actions: tuple[node.Action, ...]) -> None:
+        after = who.state
+        if after.term < before.term:
+            raise Violation(f"{who.name} went back from term {before.term} to {after.term}")
+        if after.generation < before.generation:
+            raise Violation(f"{who.name} went back from generation {before.generation} to {after.generation}")
+        if isinstance(event, node.Said):
+            term = getattr(event.message, "term", before.term)
+            obeyed = [action for action in actions if not isinstance(action, node.Reconnect | node.Send)]
+            if term < before.term and obeyed:
+                raise Violation(f"{who.name} obeys term {term} though it has seen {before.term}: {obeyed}")
+
+    def agent_left(self, who: Agent) -> None:
+        alive = [worker.rank for worker in who.workers.values() if worker.alive]
+        if alive:
+            raise Violation(f"{who.name} ends though its ranks {alive} are alive")
+
+    def worker_born(self, worker: Worker) -> None:
+        start = worker.start
+        if start.generation not in self.worlds:
+            raise Violation(f"rank {worker.rank} of generation {start.generation} is born before its record")
+        if worker.rank >= self.worlds[start.generation]:
+            raise Violation(f"rank {worker.rank} is born in a generation of {self.worlds[start.generation]}")
+        if self.born.setdefault((start.generation, worker.rank), worker.pid) != worker.pid:
+            raise Violation(f"rank {worker.rank} of generation {start.generation} is born twice")
+
+    def restored(self, worker: Worker, resume: m.Resume) -> str:
+        """The worker reads its checkpoint. Returns what is wrong with it."""
+        attempt = resume.attempt
+        current = worker.start.generation == max(self.worlds)
+        storage = self.world.storage
+        for rank in range(resume.world_size):
+            content: Any = storage.content(attempt, f"packs/{rank}")
+            if content == (attempt.generation, attempt.number, attempt.step, rank):
+                continue
+            if attempt not in self.damaged and current and (self._committed(attempt)):
+                raise Violation(f"rank {worker.rank} restores {attempt}, whose pack {rank} is {content}")
+            return f"{attempt}: rank {rank} is damaged"
+        return ""
+
+    def ended(self) -> None:
+        """The run was recorded as finished by itself: its last state must be committed."""
+        finish = self.history.finish
+        plan = self.world.plan
+        if finish is None or finish.exit_code != 0 or not plan.joins:
+            return
+        sound = [body.attempt.step for _, body in self.history.commits if body.attempt not in self.damaged]
+        if plan.total_steps and max(sound, default=0) != plan.total_steps and not self.world.may_end_unsaved:
+            raise Violation(f"the run ended well, but its newest commit is of step {max(sound, default=0)}")
