@@ -1,7 +1,7 @@
 """The demo: train a GPT on two nodes of two ranks, hurt it four times, and end with the very same parameters.
 
-Each "node" is a launcher of its own on this machine; they share nothing but a directory and a secret, as real nodes would.
-First the job runs unhurt. Then it runs again, and on the way
+Each "node" is a launcher of its own on this machine; they share nothing but a directory and a secret, as real nodes
+would. First the job runs unhurt. Then it runs again, and on the way
   1. a rank is SIGKILLed in the middle of a step,
   2. a rank is SIGKILLed in the middle of a checkpoint,
   3. node 1's launcher is SIGKILLed, and a new one takes its place,

@@ -76,5 +76,11 @@ class JobSpec:
     def digest(self) -> str:
         """Equal on all nodes of one job: program, arguments and number of nodes, not this node's own place."""
         topology = self.topology
-        parts = (self.program.kind, self.program.target, *self.program.arguments, topology.nodes_min, topology.nodes_max)
+        parts = (
+            self.program.kind,
+            self.program.target,
+            *self.program.arguments,
+            topology.nodes_min,
+            topology.nodes_max,
+        )
         return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()

@@ -1,6 +1,7 @@
 """The agent: one for each node. It carries out what `core.node` decides, and tells it what happens.
 
-Everything happens on one event loop; only persisting uses threads. No torch in here: the nursery has it, in its own process.
+Everything happens on one event loop; only persisting uses threads. No torch in here: the nursery has it, in its own
+process.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 import time
@@ -59,6 +61,7 @@ class Agent:
         self._nursery = self._new_nursery()
         self._heartbeat_seconds = 1.0
         self._last_refusal = ""
+        self._null = os.open(os.devnull, os.O_WRONLY)
 
     async def run(self) -> node.Exit:
         _native.set_child_subreaper(True)
@@ -101,7 +104,9 @@ class Agent:
             self._busy = False
 
     def _hello(self) -> m.Hello:
-        return node.hello(self._state, {rank: worker.where() for rank, worker in self._workers.items() if worker.page_fd >= 0})
+        return node.hello(
+            self._state, {rank: worker.where() for rank, worker in self._workers.items() if worker.page_fd >= 0}
+        )
 
     def _heard(self, message: m.FromCoordinator) -> None:
         if isinstance(message, m.Welcome):
@@ -273,7 +278,7 @@ class Agent:
         """A listening socket of ours, served by a process of its own: clients may connect before it serves."""
         address = "127.0.0.1" if self._spec.topology.loopback else ""
         listening = socket.create_server((address, 0), backlog=4096)
-        with listening, open("/dev/null", "wb") as null:
+        with listening:
             port = listening.getsockname()[1]
             job = Job(
                 "function",
@@ -284,7 +289,7 @@ class Agent:
                 ("stdout", "stderr", "listen"),
             )
             try:
-                pid = await self._nursery.fork(job, (null.fileno(), null.fileno(), listening.fileno()))
+                pid = await self._nursery.fork(job, (self._null, self._null, listening.fileno()))
             except NurseryDied as error:
                 log.warning("the store of generation %d could not be started: %s", generation, error)
                 self._post(node.StoreDown(generation))
@@ -324,3 +329,4 @@ class Agent:
             worker.close()
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.remove_signal_handler(number)
+        os.close(self._null)

@@ -31,8 +31,8 @@ OUR_FILES = (os.path.dirname(__file__), os.path.dirname(runpy.__file__) + "/runp
 class Job(msgspec.Struct, frozen=True):
     """What to run. `kind`: "script" (a path), "module" (a name), "exec" (a program), "function" ("module:name").
 
-    `fds` names the descriptors that come with the job, in order: stdout, stderr, and for workers page, arena, channel. For a
-    function, an argument "fd:NAME" becomes that descriptor's number.
+    `fds` names the descriptors that come with the job, in order: stdout, stderr, and for workers page, arena,
+    channel. For a function, an argument "fd:NAME" becomes that descriptor's number.
     """
 
     kind: str
@@ -73,7 +73,7 @@ def run(job: Job, fds: list[int]) -> None:
         _report(channel, error, brief=True)
         print(f"ftrain: {error}", file=sys.stderr, flush=True)
         raise SystemExit(int(error.exit_code)) from None
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  # whatever the user's script raises
         _report(channel, error, brief=False)
         _print(error)
         raise SystemExit(1) from None

@@ -1,7 +1,7 @@
 """The coordinator's shell: carries out what `core.coordinator` decides. It runs inside node 0's agent or by itself.
 
-It owns the service's socket, the journal's storage and the clock, and nothing else: all that it knows is rebuilt from the journal
-and the agents, so it may die at any moment.
+It owns the service's socket, the journal's storage and the clock, and nothing else: all that it knows is rebuilt from
+the journal and the agents, so it may die at any moment.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ class CoordinatorHost:
         self._storage = storage
         self._service = Service(self, secret, hosts, port)
         self._policy = policy
+        self._writer = uuid.uuid4().hex  # unique for this life of the coordinator
         self._peers: dict[str, Peer] = {}
         self._events: deque[run_state.Event] = deque()
         self._busy = False
@@ -75,9 +76,10 @@ class CoordinatorHost:
         """Listen, read the journal, take over. Returns the port. Raises `Unavailable` when it cannot listen."""
         port = await self._service.start()
         history = await self._loop.run_in_executor(self._journal, read_history, self._storage)
-        live = [body.attempt.path for _, body in history.commits]
-        await self._loop.run_in_executor(self._files, sweep, self._storage, live)
-        self._state = coordinator.initial(self._policy, history, uuid.uuid4().hex)
+        live = {body.attempt.path for _, body in history.commits}
+        newest = history.generation.generation if history.generation is not None else 0
+        await self._loop.run_in_executor(self._files, sweep, self._storage, live, newest)
+        self._state = coordinator.initial(self._policy, history, self._writer)
         self._post(run_state.Begin())
         for event in self._early:
             self._post(event)
@@ -113,6 +115,7 @@ class CoordinatorHost:
             self._post(run_state.Received(peer.hello.node, message))
 
     def on_close(self, peer: Peer, reason: str) -> None:
+        log.debug("node on %s: %s", peer.hello.host, reason)
         if self._peers.get(peer.hello.node) is peer:
             del self._peers[peer.hello.node]
             self._post(run_state.Disconnected(peer.hello.node))
@@ -163,7 +166,7 @@ class CoordinatorHost:
             case run_state.Store(request):
                 self._work(self._journal, lambda: run_state.Stored(_store(self._storage, request)))
             case run_state.Publish():
-                self._work(self._files, lambda: _publish(self._storage, action, self._policy.run_id))
+                self._work(self._files, lambda: _publish(self._storage, action, self._writer))
             case run_state.Discard(attempt):
                 self._files.submit(_discard, self._storage, attempt)
             case run_state.Exit():
@@ -219,4 +222,6 @@ def _discard(storage: Storage, attempt: m.Attempt) -> None:
     try:
         remove(storage, attempt.path)
     except (FtrainError, OSError) as error:
-        log.warning("the files of %s could not be removed (%s); the next start of this run will try again", attempt, error)
+        log.warning(
+            "the files of %s could not be removed (%s); the next start of this run will try again", attempt, error
+        )

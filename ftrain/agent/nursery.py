@@ -1,10 +1,12 @@
 """The nursery: one process on each node that has imported what training needs, and forks workers in milliseconds.
 
-It runs as `python -m ftrain.agent.nursery FD`. It is the workers' parent and a child subreaper: whatever its workers leave
-behind comes back to it and is killed, also when the agent dies and the socket to it closes. It keeps to one thread and
-touches no GPU, because neither survives a fork; a module whose import starts threads is therefore left out.
+It runs as `python -m ftrain.agent.nursery FD`. It is the workers' parent and a child subreaper: whatever its workers
+leave behind comes back to it and is killed, also when the agent dies and the socket to it closes. It keeps to one
+thread and touches no GPU, because neither survives a fork; a module whose import starts threads is therefore left
+out.
 
-The agent sends `Fork`, `Signal` and `Sweep`; the nursery answers with `Ready`, `Forked` and `Ended`, one JSON packet each.
+The agent sends `Fork`, `Signal` and `Sweep`; the nursery answers with `Ready`, `Forked` and `Ended`, one JSON packet
+each.
 """
 
 from __future__ import annotations
@@ -185,7 +187,7 @@ def _preload(preload: Preload) -> dict[str, str]:
         before = proc.threads()
         try:
             importlib.import_module(name)
-        except (Exception, SystemExit) as error:  # somebody else's module: whatever it raises, the script will meet it again
+        except (Exception, SystemExit) as error:  # noqa: BLE001  # the script will meet it again, and say so
             left_out[name] = f"{type(error).__name__}: {error}"
             continue
         if proc.threads() > before:

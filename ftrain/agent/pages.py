@@ -1,8 +1,8 @@
 """The agent's side of the control pages: arming a step so that it cannot be missed, and reading where workers are.
 
-The rule (docs/protocol.md): the agent stores ARMED and then loads STEP; the worker stores STEP and then loads ARMED. Both
-are sequentially consistent, so at least one of them sees the other: a step that this side finds not yet reached will be seen
-as armed by the worker when it gets there.
+The rule (docs/protocol.md): the agent stores ARMED and then loads STEP; the worker stores STEP and then loads ARMED.
+Both are sequentially consistent, so at least one of them sees the other: a step that this side finds not yet reached
+will be seen as armed by the worker when it gets there.
 """
 
 from __future__ import annotations

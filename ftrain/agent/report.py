@@ -68,12 +68,20 @@ def metrics_text(state: State, story: Story) -> str:
     families = [
         ("ftrain_generation", "gauge", "The present generation.", float(state.number)),
         ("ftrain_step", "gauge", "Steps finished by the front rank.", float(max(state.furthest, 0))),
-        ("ftrain_nodes_connected", "gauge", "Nodes with a channel.", float(sum(n.connected for n in state.nodes.values()))),
+        (
+            "ftrain_nodes_connected",
+            "gauge",
+            "Nodes with a channel.",
+            float(sum(n.connected for n in state.nodes.values())),
+        ),
         ("ftrain_restarts_total", "counter", "Generations started after a failure.", float(state.budget.restarts)),
         ("ftrain_commits_held", "gauge", "Commits that can be resumed from.", float(len(state.history.commits))),
-        ("ftrain_last_recovery_seconds", "gauge", "Failure to back in the loop.", story.recoveries[-1] if story.recoveries else 0.0),
+        (
+            "ftrain_last_recovery_seconds",
+            "gauge",
+            "Failure to back in the loop.",
+            story.recoveries[-1] if story.recoveries else 0.0,
+        ),
     ]
-    lines = [
-        f"# HELP {name} {text}\n# TYPE {name} {kind}\n{name} {value:g}\n" for name, kind, text, value in families
-    ]
+    lines = [f"# HELP {name} {text}\n# TYPE {name} {kind}\n{name} {value:g}\n" for name, kind, text, value in families]
     return "".join(lines)

@@ -52,7 +52,9 @@ class Story:
                 self.interruptions.append(record)
                 _write(self._events, record)
             case Resumed(generation, step, seconds):
-                log.info("generation %d is back in its loop at step %d, %.2f s after the failure", generation, step, seconds)
+                log.info(
+                    "generation %d is back in its loop at step %d, %.2f s after the failure", generation, step, seconds
+                )
                 self.recoveries.append(seconds)
                 if self.interruptions:
                     self.interruptions[-1]["recovery_seconds"] = seconds

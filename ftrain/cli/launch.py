@@ -35,7 +35,9 @@ def launch(
     rdzv_endpoint: Annotated[
         str, typer.Option("--rdzv-endpoint", "--rdzv_endpoint", help="HOST:PORT of the coordinator.")
     ] = "",
-    rdzv_id: Annotated[str, typer.Option("--rdzv-id", "--rdzv_id", help="Name of the run, equal on all nodes.")] = "run",
+    rdzv_id: Annotated[
+        str, typer.Option("--rdzv-id", "--rdzv_id", help="Name of the run, equal on all nodes.")
+    ] = "run",
     rdzv_conf: Annotated[
         str, typer.Option("--rdzv-conf", "--rdzv_conf", help="join_timeout=SECONDS, last_call_timeout=SECONDS.")
     ] = "",
@@ -92,9 +94,7 @@ def launch(
     wait_for_node: Annotated[
         str, typer.Option("--wait-for-node", help="How long to wait for missing nodes, or for the coordinator.")
     ] = "10m",
-    grace: Annotated[
-        str, typer.Option("--grace", help="After SIGTERM: time to save the last step and leave.")
-    ] = "25s",
+    grace: Annotated[str, typer.Option("--grace", help="After SIGTERM: time to save the last step and leave.")] = "25s",
     lease: Annotated[str, typer.Option("--lease", help="Silence after which a node counts as lost.")] = "10s",
     rdzv_backend: Annotated[
         str, typer.Option("--rdzv-backend", "--rdzv_backend", help=_SAME, rich_help_panel=_TORCHRUN)
@@ -109,7 +109,9 @@ def launch(
     """Start or continue a training job on this node."""
     del rdzv_backend, monitor_interval, start_method
     program = _program(script, tuple(arguments or ()), module, no_python)
-    topology = _topology(nnodes, nproc_per_node, node_rank, rdzv_endpoint, standalone, master_addr, master_port, local_addr)
+    topology = _topology(
+        nnodes, nproc_per_node, node_rank, rdzv_endpoint, standalone, master_addr, master_port, local_addr
+    )
     conf = options.rendezvous(rdzv_conf)
     wait = options.seconds(conf.get("join_timeout", wait_for_node), "--wait-for-node")
     directory = _run_dir(run_dir, topology, program)
@@ -117,7 +119,7 @@ def launch(
     logs = options.directory(logs, "--log-dir", lambda path: path.mkdir(parents=True, exist_ok=True))
     if not topology.single and secret is None:
         raise UsageError(
-            "several nodes need a secret that they share: make one with `ftrain secret FILE` and give --secret FILE on each"
+            "several nodes need a shared secret: make one with `ftrain secret FILE`, give --secret FILE on each"
         )
     spec = JobSpec(
         program=program,

@@ -13,7 +13,6 @@ from ftrain.cli.secret import secret
 from ftrain.cli.status import status
 from ftrain.errors import FtrainError
 
-
 app = typer.Typer(
     help="Fault-tolerant training for PyTorch.",
     no_args_is_help=True,

@@ -20,8 +20,8 @@ from ftrain.cli import options
 from ftrain.control.client import Client
 from ftrain.control.secret import Secret
 from ftrain.control.service import EVERYWHERE, LOOPBACK
-from ftrain.core import node
 from ftrain.core import messages as m
+from ftrain.core import node
 from ftrain.core.membership import FormationPolicy
 from ftrain.core.run_state import RunPolicy
 from ftrain.errors import ExitCode, Unavailable, UsageError
@@ -83,7 +83,9 @@ def _conclude(exit: node.Exit, spec: JobSpec) -> int:
         print(details.rstrip(), file=sys.stderr)
     log.log(logging.INFO if exit.code in (0, ExitCode.PREEMPTED) else logging.ERROR, "%s", headline or "done")
     if exit.code not in (0, ExitCode.UNAVAILABLE, ExitCode.REFUSED, ExitCode.USAGE):
-        log.info("logs and checkpoints are in %s; the same command with --run-dir %s goes on", spec.run_dir, spec.run_dir)
+        log.info(
+            "logs and checkpoints are in %s; the same command with --run-dir %s goes on", spec.run_dir, spec.run_dir
+        )
     return exit.code
 
 

@@ -59,4 +59,6 @@ def _show(picture: dict[str, Any]) -> None:
         console.print(f"checkpoint of step {attempt['step']}: {attempt['stage']}")
     for one in picture["interruptions"]:
         took = f", back after {one['recovery_seconds']:.2f} s" if "recovery_seconds" in one else ""
-        console.print(f"[yellow]generation {one['generation']}[/]: {one['summary']} ({one['redone_steps']} steps redone{took})")
+        console.print(
+            f"[yellow]generation {one['generation']}[/]: {one['summary']} ({one['redone_steps']} steps redone{took})"
+        )

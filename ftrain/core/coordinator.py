@@ -381,7 +381,7 @@ def _adopt(turn: Turn) -> None:
         last = state.history.generation
         assert last is not None
         resume = next(
-            (m.Resume(body.attempt, body.world_size, seq) for seq, body in state.history.commits if body.attempt == last.resumes),
+            (recovery.resume_from(seq, body) for seq, body in state.history.commits if body.attempt == last.resumes),
             None,
         )
         turn.set(attempts=max(report.attempt_seen for report in reports), resume=resume, cadence=Cadence(due=turn.now))

@@ -223,6 +223,7 @@ class Resume(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     attempt: Attempt
     world_size: Count
     journal_sequence: Count
+    manifest_sha256: Name  # as the journal has it: a restore proves that it reads what was committed
 
 
 class Start(msgspec.Struct, frozen=True, tag="start", tag_field="kind", forbid_unknown_fields=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Set
 
-from ftrain.core.journal import History
+from ftrain.core.journal import CommitBody, History
 from ftrain.core.messages import Attempt, Resume
 
 
@@ -12,8 +12,12 @@ def recovery_line(history: History, suspects: Set[Attempt]) -> Resume | None:
     """The newest commit of the run, passing over those that a restore found damaged; None for the very beginning."""
     for sequence, commit in reversed(history.commits):
         if commit.attempt not in suspects:
-            return Resume(commit.attempt, commit.world_size, sequence)
+            return resume_from(sequence, commit)
     return None
+
+
+def resume_from(sequence: int, commit: CommitBody) -> Resume:
+    return Resume(commit.attempt, commit.world_size, sequence, commit.manifest_sha256)
 
 
 def to_retire(history: History, keep: int, suspects: Set[Attempt]) -> tuple[Attempt, ...]:

@@ -1,7 +1,8 @@
 """An endless iterator over a loader whose position is part of the tracked state: each sample exactly once an epoch.
 
-The position is kept in samples of the whole run, not in batches of one rank, so that it also holds in another world size: with a
-`DistributedSampler`, after `k` batches of `b` samples on each of `w` ranks, the first `k·b·w` samples of the epoch's order are done.
+The position is kept in samples of the whole run, not in batches of one rank, so that it also holds in another world
+size: with a `DistributedSampler`, after `k` batches of `b` samples on each of `w` ranks, the first `k·b·w` samples of
+the epoch's order are done.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class Batches:
         self._iterator = None
 
     def prepare(self) -> None:
-        """Begin the resumed epoch now, with the random numbers that it began with; the caller puts the present ones back."""
+        """Begin the resumed epoch now, with its own random numbers; the caller puts the present ones back."""
         if self._rng is not None:
             self._iterator = self._begin()
 
@@ -91,7 +92,7 @@ class Batches:
         else:
             self._rng = random_state.capture()
         for sampler in (getattr(self._loader, name, None) for name in ("sampler", "batch_sampler")):
-            if hasattr(sampler, "set_epoch"):
+            if sampler is not None and hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(self._epoch)
         if self._own_state is not None:
             self._loader.load_state_dict(self._own_state)  # type: ignore[attr-defined]
@@ -109,7 +110,7 @@ class Batches:
         each = self._samples_per_batch()
         if samples % each:
             raise MismatchedState(
-                f"{self._name}: {samples} samples of epoch {self._epoch} are done, which is no whole number of batches of "
+                f"{self._name}: {samples} samples of epoch {self._epoch} are done, no whole number of batches of "
                 f"{each} samples on {self._world_size} ranks; choose a batch size that divides it"
             )
         return samples // each

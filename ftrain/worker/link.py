@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -36,10 +37,8 @@ class Link:
     def say(self, message: FromWorker) -> None:
         """Tell the agent. Metrics are dropped when it is behind; everything else waits."""
         flags = socket.MSG_DONTWAIT if isinstance(message, WorkerMetrics) else 0
-        try:
+        with contextlib.suppress(BlockingIOError):
             self._channel.send(msgspec.json.encode(message), flags)
-        except BlockingIOError:
-            pass
 
     def enter(self, phase: Phase) -> None:
         self.page.store(Field.PROGRESS_NS, time.monotonic_ns())
@@ -51,7 +50,7 @@ class Link:
         self.page.store(Field.COLLECTIVE_SEQ, self._collectives)
 
     def finished(self, step: int) -> int:
-        """Publish a boundary, then look whether it is armed: in this order (docs/protocol.md). Returns the attempt or 0."""
+        """Publish a boundary, then look whether it is armed, in this order. Returns the attempt or 0."""
         page = self.page
         self.enter(Phase.BOUNDARY)
         page.store(Field.STEP, step)

@@ -1,7 +1,7 @@
 """The `ftrain` backend: a process group that forwards to an ordinary one, and can be given another in its place.
 
-DDP, FSDP2, DTensor and `DeviceMesh` hold on to the group they were made with. This one keeps its identity while the group that
-does the work is swapped, so that they need not be built again when the membership changes.
+DDP, FSDP2, DTensor and `DeviceMesh` hold on to the group they were made with. This one keeps its identity while the
+group that does the work is swapped, so that they need not be built again when the membership changes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, ProcessGroup, ProcessGroupGloo, Store
+from torch.distributed.distributed_c10d import GroupName
 
 from ftrain.core.page import Collective
 
@@ -65,7 +66,7 @@ class SwappableGroup(ProcessGroup):
     """Forwards all collectives to `inner`, an ordinary ProcessGroup of the same rank and size."""
 
     def __init__(self, inner: ProcessGroup, name: str, watcher: Watcher | None) -> None:
-        super().__init__(inner.rank(), inner.size())
+        super().__init__(inner.rank(), inner.size())  # type: ignore[call-arg]  # torch's stub lacks this overload
         self.inner = inner
         self._name = name
         self._watcher = watcher
@@ -95,8 +96,8 @@ class SwappableGroup(ProcessGroup):
         self._name = name
 
     @property
-    def group_name(self) -> str:
-        return self._name
+    def group_name(self) -> GroupName:
+        return GroupName(self._name)
 
     def _set_group_name(self, name: str) -> None:
         self._name = name
@@ -119,7 +120,7 @@ class SwappableGroup(ProcessGroup):
 def ordinary_group(store: Store, rank: int, size: int, timeout: timedelta, name: str, loopback: bool) -> ProcessGroup:
     """A plain ProcessGroup: gloo for CPU tensors, and NCCL for CUDA tensors where there is any."""
     group = ProcessGroup(store, rank, size)
-    options = ProcessGroupGloo._Options()
+    options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # not in torch's stub
     options._timeout = timeout
     interface = os.environ.get("GLOO_SOCKET_IFNAME", LOOPBACK_INTERFACE if loopback else "")
     if interface:
@@ -135,7 +136,7 @@ def ordinary_group(store: Store, rank: int, size: int, timeout: timedelta, name:
         nccl = dist.ProcessGroupNCCL(PrefixStore("cuda", store), rank, size, nccl_options)
         group._set_default_backend(ProcessGroup.BackendType.NCCL)
         group._register_backend(torch.device("cuda"), ProcessGroup.BackendType.NCCL, nccl)
-    group._set_group_name(f"{name}-inner")
+    group._set_group_name(GroupName(f"{name}-inner"))
     return group
 
 

@@ -15,7 +15,7 @@ def capture() -> dict[str, object]:
     if "numpy" in sys.modules:
         name, keys, position, has_gauss, cached = sys.modules["numpy"].random.get_state()
         state["numpy"] = (name, keys.tobytes(), int(position), int(has_gauss), float(cached))
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         state["cuda"] = [_bytes(one) for one in torch.cuda.get_rng_state_all()]
     return state
 
@@ -24,10 +24,10 @@ def restore(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
     torch.set_rng_state(_tensor(state["torch"]))
     if "numpy" in state:
-        import numpy
+        import numpy as np
 
         name, keys, position, has_gauss, cached = state["numpy"]
-        numpy.random.set_state((name, numpy.frombuffer(keys, dtype=numpy.uint32), position, has_gauss, cached))
+        np.random.set_state((name, np.frombuffer(keys, dtype=np.uint32), position, has_gauss, cached))
     if "cuda" in state and torch.cuda.is_available():
         for device, one in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
             torch.cuda.set_rng_state(_tensor(one), device)

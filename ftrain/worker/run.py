@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -82,11 +82,13 @@ class Run:
     def track(self, **objects: object) -> None:
         """Let these be part of every snapshot: modules, optimizers, anything with `state_dict` and `load_state_dict`.
 
-        Random number generators are always tracked. Raises `UsageError` for anything else, for a name that is taken, and after
-        `steps`; `NotPlainData` naming the key of a value that is neither a tensor nor plain data.
+        Random number generators are always tracked. Raises `UsageError` for anything else, for a name that is taken,
+        and after `steps`; `NotPlainData` naming the key of a value that is neither a tensor nor plain data.
         """
         if self._steps is not None:
-            raise UsageError("track was called after steps: the state was restored already; track everything before the loop")
+            raise UsageError(
+                "track was called after steps: the state was restored already; track everything before the loop"
+            )
         for name, found in objects.items():
             self._tracked.add(name, found)
         self._tracked.check()
@@ -94,7 +96,9 @@ class Run:
     def batches(self, loader: Iterable[Any]) -> Batches:
         """An endless iterator over the loader, epoch after epoch, whose position is tracked: see `docs/worker.md`."""
         if self._steps is not None:
-            raise UsageError("batches was called after steps: the position was restored already; call it before the loop")
+            raise UsageError(
+                "batches was called after steps: the position was restored already; call it before the loop"
+            )
         made = Batches(loader, f"batches {len(self._batches)}", self.world_size)
         self._batches.append(made)
         return made
@@ -136,13 +140,13 @@ class Run:
         resume = self._link.boot.resume
         if resume is None:
             return 0
-        checkpoint = Checkpoint.open(open_storage(self._link.boot.run_dir), resume.attempt.path)
+        checkpoint = Checkpoint.open(open_storage(self._link.boot.run_dir), resume.attempt.path, resume.manifest_sha256)
         source = self.rank if self.rank < checkpoint.world_size else 0
         self._tracked.restore(checkpoint, self.rank, source)
         plain: Any = checkpoint.plain(source)
         if len(plain["batches"]) != len(self._batches):
             raise UsageError(
-                f"the checkpoint has the positions of {len(plain['batches'])} run.batches(…), this script makes {len(self._batches)}"
+                f"the checkpoint has {len(plain['batches'])} run.batches(…), this script makes {len(self._batches)}"
             )
         for batches, position in zip(self._batches, plain["batches"], strict=True):
             batches.restore(position)
@@ -182,7 +186,7 @@ class Run:
     def _exchange(self, own: bytes) -> list[bytes]:
         """Give every rank what each gave, by rank, through the store: no tensors, no pickle."""
         self._exchanges += 1
-        self._store.set(f"{self._exchanges}/{self.rank}", own)
+        self._store.set(f"{self._exchanges}/{self.rank}", own)  # type: ignore[arg-type]  # bytes are taken as they are
         return [bytes(self._store.get(f"{self._exchanges}/{rank}")) for rank in range(self.world_size)]
 
 
@@ -249,8 +253,9 @@ class Steps:
     def _rehearsal(self) -> Step:
         """The step to go on from, once before the state is restored.
 
-        DDP sums gradients in other buckets in its first iteration than in all later ones, so in another order: other bits. The run
-        that never failed had its first iteration long ago, so a resumed one gets it over with before it counts.
+        DDP sums gradients in other buckets in its first iteration than in all later ones, so in another order: other
+        bits. The run that never failed had its first iteration long ago, so a resumed one gets it over with before it
+        counts.
         """
         assert self._link is not None and self._link.boot.resume is not None
         self._link.enter(Phase.RESTORING)
@@ -324,14 +329,16 @@ class Step:
         return f"Step({self.number})"
 
     def log(self, **values: float | torch.Tensor) -> None:
-        """Report metrics: numbers, or tensors of one element, which are read a step later so as not to wait for the device."""
+        """Report metrics: numbers, or tensors of one element, read a step later so as not to wait for the device."""
         kept = {name: value.detach() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
         self._steps.log(self, kept)
 
-    def __enter__(self) -> Step:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, found: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, found: TracebackType | None
+    ) -> None:
         if kind is None:
             self._steps.finish(self)
 

@@ -14,6 +14,8 @@ from torch.distributed import TCPStore
 
 def host(listen_fd: str, world_size: str) -> None:
     """Serve on the listening socket that the agent made, until killed."""
+    # Slurm signals every process of a step, and the ranks still need the store to take their last snapshot.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     fd = int(listen_fd)
     with socket.socket(fileno=fd) as listening:
         address, port = listening.getsockname()[:2]

@@ -1,8 +1,9 @@
 """What a run tracks, as tensors and plain data, and back.
 
-Keys: `<name>.<parameter>` for a module, `<name>.state.<parameter>.<state>` for an optimizer, `<name>.<path>` for tensors in anything
-else's `state_dict`. Parameters and optimizer state are shared: replicated or sharded as their DTensor says, written once. A buffer that this rank
-has changed since it was tracked is saved for this rank as well. Everything else belongs to its rank.
+Keys: `<name>.<parameter>` for a module, `<name>.state.<parameter>.<state>` for an optimizer, `<name>.<path>` for
+tensors in anything else's `state_dict`. Parameters and optimizer state are shared: replicated or sharded as their
+DTensor says, written once. A buffer that this rank has changed since it was tracked is saved for this rank as well.
+Everything else belongs to its rank.
 """
 
 from __future__ import annotations
@@ -39,6 +40,14 @@ class Part:
 
     items: list[TensorItem] = field(default_factory=list)
     plain: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """The tensors of a checkpoint, by key: those that all ranks share, and this rank's own."""
+
+    shared: Mapping[str, TensorInfo]
+    private: Mapping[str, TensorInfo]
 
 
 class Tracked:
@@ -83,12 +92,14 @@ class Tracked:
         plain: Any = checkpoint.plain(source)["tracked"]
         for name in self._objects:
             if name not in plain:
-                raise MismatchedState(f"the checkpoint has nothing tracked as {name!r}: it has {', '.join(sorted(plain))}")
-        private = checkpoint.private_tensors(source)
+                raise MismatchedState(
+                    f"the checkpoint has nothing tracked as {name!r}: it has {', '.join(sorted(plain))}"
+                )
+        saved = Saved(checkpoint.tensors, checkpoint.private_tensors(source))
         shared: list[TensorItem] = []
         own: list[TensorItem] = []
         for name, one in self._objects.items():
-            items = one.prepare(plain[name], checkpoint.tensors, private)
+            items = one.prepare(plain[name], saved)
             shared += [item for item in items if not item.spec.private]
             own += [item for item in items if item.spec.private]
         checkpoint.read_into(shared, rank)
@@ -147,15 +158,13 @@ class _Module:
         part.plain["extra"] = _normal(extra)
         return part
 
-    def prepare(
-        self, plain: Any, shared: Mapping[str, TensorInfo], private: Mapping[str, TensorInfo]
-    ) -> list[TensorItem]:
+    def prepare(self, plain: Any, saved: Saved) -> list[TensorItem]:
         self._extra = plain["extra"]
         items = []
         for key, tensor in self.tensors():
             full = f"{self._name}.{key}"
             items.append(item_of(full, tensor))
-            if full in private:
+            if full in saved.private:
                 items.append(item_of(full, tensor, private=True))
         return items
 
@@ -179,9 +188,12 @@ class _Optimizer:
         part = Part()
         values: dict[str, object] = {}
         on_cpu: list[str] = []
+        order: dict[str, list[str]] = {}
         for parameter, state in self._optimizer.state.items():
+            name = names[id(parameter)]
+            order[name] = list(state)
             for key, value in state.items():
-                full = f"{self._name}.state.{names[id(parameter)]}.{key}"
+                full = f"{self._name}.state.{name}.{key}"
                 if isinstance(value, torch.Tensor):
                     part.items.append(item_of(full, value))
                     if value.device.type == "cpu":
@@ -195,29 +207,29 @@ class _Optimizer:
             }
             for group in self._optimizer.param_groups
         ]
-        part.plain = {"groups": _normal(groups), "values": _normal(values), "on_cpu": on_cpu}
+        part.plain = {"groups": _normal(groups), "order": order, "values": _normal(values), "on_cpu": on_cpu}
         return part
 
-    def prepare(
-        self, plain: Any, shared: Mapping[str, TensorInfo], private: Mapping[str, TensorInfo]
-    ) -> list[TensorItem]:
+    def prepare(self, plain: Any, saved: Saved) -> list[TensorItem]:
         self._plain = plain
         names = self._names()
         on_cpu = set(plain["on_cpu"])
-        saved: dict[str, list[str]] = {}
-        for full in shared:
-            if full.startswith(f"{self._name}.state."):
-                parameter, _, key = full.removeprefix(f"{self._name}.state.").rpartition(".")
-                saved.setdefault(parameter, []).append(key)
         items = []
         for group in self._optimizer.param_groups:
             for parameter in group["params"]:
                 name = names[id(parameter)]
-                state = self._optimizer.state[parameter] if name in saved else {}
-                for key in saved.get(name, ()):
+                if name not in plain["order"]:
+                    continue
+                state = self._optimizer.state[parameter]
+                for key in plain["order"][name]:
                     full = f"{self._name}.state.{name}.{key}"
+                    if full in plain["values"]:
+                        state[key] = plain["values"][full]
+                        continue
+                    if full not in saved.shared:
+                        raise MismatchedState(f"{full}: the checkpoint names this tensor but does not hold it")
                     if not isinstance(state.get(key), torch.Tensor):
-                        state[key] = _fresh(parameter, shared[full], full in on_cpu)
+                        state[key] = _fresh(parameter, saved.shared[full], full in on_cpu)
                     items.append(item_of(full, state[key]))
         return items
 
@@ -234,11 +246,6 @@ class _Optimizer:
                     group[key].fill_(value)
                 else:
                     group[key] = value
-            for parameter in group["params"]:
-                prefix = f"{self._name}.state.{names[id(parameter)]}."
-                for full, value in self._plain["values"].items():
-                    if full.startswith(prefix):
-                        self._optimizer.state[parameter][full.removeprefix(prefix)] = value
         self._plain = {}
 
     def _names(self) -> dict[int, str]:
@@ -247,8 +254,8 @@ class _Optimizer:
             for place, parameter in enumerate(group["params"]):
                 if id(parameter) not in known:
                     raise UsageError(
-                        f"{self._name}: parameter {place} of group {number}, of shape {tuple(parameter.shape)}, belongs to no "
-                        "tracked module; track its module too (and make the optimizer after fully_shard)"
+                        f"{self._name}: parameter {place} of group {number}, of shape {tuple(parameter.shape)}, "
+                        "belongs to no tracked module; track its module too (and make the optimizer after fully_shard)"
                     )
         return known
 
@@ -264,11 +271,9 @@ class _Other:
         part.plain["state"] = self._flatten(self._found.state_dict(), self._name, part.items)
         return part
 
-    def prepare(
-        self, plain: Any, shared: Mapping[str, TensorInfo], private: Mapping[str, TensorInfo]
-    ) -> list[TensorItem]:
+    def prepare(self, plain: Any, saved: Saved) -> list[TensorItem]:
         items: list[TensorItem] = []
-        self._state = _unflatten(plain["state"], private, items)
+        self._state = _unflatten(plain["state"], saved.private, items)
         return items
 
     def finish(self) -> None:
@@ -312,8 +317,8 @@ def _unwrapped(module: nn.Module) -> nn.Module:
     while True:
         if isinstance(module, DistributedDataParallel):
             module = module.module
-        elif hasattr(module, "_orig_mod"):
-            module = module._orig_mod
+        elif isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):
+            module = inner
         else:
             return module
 
@@ -325,7 +330,7 @@ def _clean(key: str) -> str:
 def _checksum(tensor: torch.Tensor) -> int:
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     data = local.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return zlib.crc32(memoryview(data.numpy()))
+    return zlib.crc32(data.numpy().data)
 
 
 def _fresh(parameter: torch.Tensor, info: TensorInfo, on_cpu: bool) -> torch.Tensor:

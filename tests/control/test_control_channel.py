@@ -35,7 +35,7 @@ FROM_COORDINATOR = [
     m.Welcome("r", 1, 5.0, 1.0),
     m.Declined("another job", 2),
     m.Prepare(1, 2),
-    m.Start(1, 2, 0, 1, 0, 2, "a", "127.0.0.1", 1, 0, 3, m.Resume(ATTEMPT, 2, 7)),
+    m.Start(1, 2, 0, 1, 0, 2, "a", "127.0.0.1", 1, 0, 3, m.Resume(ATTEMPT, 2, 7, "0" * 64)),
     m.Stop(1, 2, "why", 1.0),
     m.Arm(1, ATTEMPT),
     m.Abort(1, ATTEMPT, "cause"),

@@ -46,9 +46,7 @@ def test_two_launchers_on_one_host_are_two_nodes(cluster: Cluster) -> None:
     assert cluster.start([sys.executable, "-m", "ftrain.cli.main", "secret", str(secret)]).wait() == 0
     flags = ("--nnodes", 2, "--nproc_per_node", 2, "--rdzv-endpoint", f"127.0.0.1:{port}", "--secret", secret)
     script = cluster.script(ALLREDUCE)
-    nodes = [
-        cluster.launch(*flags, "--node_rank", rank, "--run-dir", cluster.path / "run", script) for rank in (1, 0)
-    ]
+    nodes = [cluster.launch(*flags, "--node_rank", rank, "--run-dir", cluster.path / "run", script) for rank in (1, 0)]
     assert [node.wait() for node in nodes] == [0, 0], nodes[0].text + nodes[1].text
     assert "[rank3]: sum 10" in nodes[0].text
     assert "[rank0]: sum 10" in nodes[1].text
@@ -61,7 +59,13 @@ def test_environment_is_what_torchrun_sets(cluster: Cluster) -> None:
     subprocess.run([*command, str(theirs)], check=True, capture_output=True, timeout=90)
     assert cluster.launch("--standalone", "--nproc-per-node", 2, script, ours).wait() == 0
     # Values that differ from run to run by their nature; whether the restart limit has a default is a choice of ours.
-    varying = {"MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_ERROR_FILE", "TORCHELASTIC_MAX_RESTARTS"}
+    varying = {
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "TORCHELASTIC_RUN_ID",
+        "TORCHELASTIC_ERROR_FILE",
+        "TORCHELASTIC_MAX_RESTARTS",
+    }
     for rank in "01":
         expected = json.loads(Path(f"{theirs}{rank}").read_text())
         found = json.loads(Path(f"{ours}{rank}").read_text())

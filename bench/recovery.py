@@ -1,0 +1,295 @@
+"""How long a killed rank stops a run, under `ftrain launch` and under torchrun, one after the other on this machine.
+
+Measured from SIGKILL of the last rank to the moment when every rank has finished a step that no rank had finished before the kill. The
+steps that are done again are part of that time. Every launcher is a real one of its own, two of them are two nodes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+SCRIPT = Path(__file__).parent / "scripts" / "small_gpt.py"
+FTRAIN = [sys.executable, "-m", "ftrain.cli.main"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+LAUNCHERS = ("torchrun", "ftrain")
+PATIENCE_SECONDS = 180.0
+SETTLE_STEPS = 7  # before a kill: more than one checkpoint interval of undisturbed steps
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One finished step of one rank."""
+
+    at: float
+    step: int
+    pid: int
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """One kill, in seconds after it."""
+
+    launcher: str
+    first_step_seconds: float  # every rank has finished some step
+    new_step_seconds: float  # every rank has finished a step that nobody had finished before
+    redone_steps: int
+    step_seconds: float  # median of the undisturbed steps before
+    noticed_seconds: float | None  # ftrain has named the failure
+    looping_seconds: float | None  # every rank of ftrain has its state back and begins its first step
+
+
+@dataclass
+class Job:
+    """One run of the script under one launcher, below `path`. All its processes carry its mark in their environment."""
+
+    launcher: str
+    path: Path
+    args: argparse.Namespace
+    mark: str = field(default_factory=lambda: f"FTRAIN_BENCH_MARK={uuid.uuid4().hex}")
+    nodes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    @property
+    def world_size(self) -> int:
+        return int(self.args.nodes * self.args.ranks)
+
+    def start(self) -> None:
+        self.path.mkdir()
+        with socket.create_server(("127.0.0.1", 0)) as found:
+            endpoint = f"127.0.0.1:{found.getsockname()[1]}"
+        if self.launcher == "ftrain":
+            subprocess.run([*FTRAIN, "secret", str(self.path / "secret")], check=True, capture_output=True)
+        name, _, value = self.mark.partition("=")
+        environment = {**os.environ, name: value, "OMP_NUM_THREADS": "1"}
+        for node in range(self.args.nodes):
+            with (self.path / f"output-{node}.txt").open("wb") as output:
+                self.nodes.append(
+                    subprocess.Popen(
+                        [*self._flags(node, endpoint), str(SCRIPT), self.launcher, *self._script_flags()],
+                        stdin=subprocess.DEVNULL,
+                        stdout=output,
+                        stderr=subprocess.STDOUT,
+                        env=environment,
+                    )
+                )
+
+    def _flags(self, node: int, endpoint: str) -> list[str]:
+        common = [
+            "--nnodes",
+            str(self.args.nodes),
+            "--nproc-per-node",
+            str(self.args.ranks),
+            "--rdzv-endpoint",
+            endpoint,
+        ]
+        if self.launcher == "torchrun":
+            return [*TORCHRUN, *common, "--rdzv-backend", "c10d", "--rdzv-id", "bench", "--max-restarts", "100"]
+        own = ["--node-rank", str(node), "--run-dir", str(self.path / "run"), "--secret", str(self.path / "secret")]
+        return [*FTRAIN, "launch", *common, *own, "--checkpoint-every", str(self.args.checkpoint_every)]
+
+    def _script_flags(self) -> list[str]:
+        names = ("layers", "width", "batch", "length", "checkpoint_every")
+        flags = [word for name in names for word in (f"--{name.replace('_', '-')}", str(getattr(self.args, name)))]
+        return ["--records", str(self.path), *flags]
+
+    def finished(self) -> list[list[Finished]]:
+        """The finished steps of each rank so far, without ftrain's rehearsals.
+
+        A resumed ftrain run does its first step twice, the first time for nothing: of two lines of one process for one step only the
+        second counts. The newest line may be such a first one, so it is left out until the next shows what it was.
+        """
+        ranks = []
+        for rank in range(self.world_size):
+            lines = self._lines(rank)
+            pairs = zip(lines, lines[1:], strict=False)
+            ranks.append([line for line, later in pairs if (line.pid, line.step) != (later.pid, later.step)])
+        return ranks
+
+    def _lines(self, rank: int) -> list[Finished]:
+        path = self.path / f"rank-{rank}"
+        text = path.read_text() if path.exists() else ""
+        words = [line.split() for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        return [Finished(float(at), int(step), int(pid)) for at, step, pid in words]
+
+    def wait(self, condition: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not condition():
+            if any(node.poll() is not None for node in self.nodes):
+                self._fail(f"a launcher ended before {what}")
+            if time.monotonic() > deadline:
+                self._fail(f"waited {PATIENCE_SECONDS:.0f} s in vain for {what}")
+            time.sleep(0.005)
+
+    def _fail(self, text: str) -> NoReturn:
+        tails = "\n".join(path.read_text(errors="replace")[-2000:] for path in sorted(self.path.glob("output-*.txt")))
+        raise SystemExit(f"{self.launcher}: {text}; the ends of its output:\n{tails}")
+
+    def kill_last_rank(self, phase: int) -> Recovery:
+        """Kill the last rank once `phase` steps are done since a checkpoint, and wait until every rank has got further than that."""
+        settled = (
+            min(lines[-1].step if lines else 0 for lines in map(self._lines, range(self.world_size))) + SETTLE_STEPS
+        )
+        aim = settled + (phase - settled - 1) % self.args.checkpoint_every
+        self.wait(lambda: any(line.step >= aim for line in self._lines(0)), f"step {aim}")
+        victim = self._lines(self.world_size - 1)[-1].pid
+        killed_at = time.time()
+        os.kill(victim, signal.SIGKILL)
+        lines = [line for rank in range(self.world_size) for line in self._lines(rank)]
+        furthest = max(line.step for line in lines if line.at <= killed_at)
+        undisturbed = [line.at for line in self._lines(0) if line.at <= killed_at][-SETTLE_STEPS:]
+
+        def first_beyond(step: int) -> list[list[Finished]]:
+            """For each rank, what it finished since the kill with a number above `step`."""
+            return [[done for done in rank if done.at > killed_at and done.step > step] for rank in self.finished()]
+
+        self.wait(lambda: all(first_beyond(furthest)), f"a step beyond {furthest} after the kill")
+        again = first_beyond(-1)
+        return Recovery(
+            launcher=self.launcher,
+            first_step_seconds=max(done[0].at for done in again) - killed_at,
+            new_step_seconds=max(done[0].at for done in first_beyond(furthest)) - killed_at,
+            redone_steps=furthest + 1 - again[-1][0].step,
+            step_seconds=statistics.median(b - a for a, b in zip(undisturbed, undisturbed[1:], strict=False)),
+            noticed_seconds=self._event_seconds("interruption", killed_at),
+            looping_seconds=self._event_seconds("resumed", killed_at),
+        )
+
+    def _event_seconds(self, event: str, killed_at: float) -> float | None:
+        """When ftrain's own story first tells of such an event after the kill; torchrun tells none."""
+        path = self.path / "run" / "events.jsonl"
+        told = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return next(
+            (e["unix_seconds"] - killed_at for e in told if e["event"] == event and e["unix_seconds"] > killed_at), None
+        )
+
+    def stop(self) -> None:
+        """End everything that carries this job's mark, by its process id."""
+        for node in self.nodes:
+            node.kill()
+            node.wait()
+        for _ in range(200):
+            left = self._processes()
+            for pid in left:
+                _kill(pid)
+            if not left:
+                return
+            time.sleep(0.05)
+        raise SystemExit(f"processes of {self.launcher} cannot be ended: {left}")
+
+    def _processes(self) -> list[int]:
+        found = []
+        for directory in Path("/proc").glob("[0-9]*"):
+            try:
+                if self.mark.encode() in (directory / "environ").read_bytes().split(b"\0"):
+                    found.append(int(directory.name))
+            except OSError:
+                continue
+        return found
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def measure(args: argparse.Namespace, directory: Path) -> list[Recovery]:
+    """Runs of torchrun and of ftrain in turn, `kills` in each, until each has had `repeats`."""
+    found: list[Recovery] = []
+    starts = range(0, args.repeats, args.kills)
+    for first in starts:
+        for launcher in LAUNCHERS:
+            job = Job(launcher, directory / f"{launcher}-{first}", args)
+            try:
+                job.start()
+                for kill in range(first, min(first + args.kills, args.repeats)):
+                    recovery = job.kill_last_rank(phase=kill % args.checkpoint_every)
+                    print(f"{recovery}, load {os.getloadavg()[0]:.1f}", flush=True)
+                    found.append(recovery)
+            finally:
+                job.stop()
+    return found
+
+
+def table(found: list[Recovery], args: argparse.Namespace) -> str:
+    """Markdown: a row for each launcher, and what share of torchrun's time ftrain takes."""
+    rows = [
+        "| nodes x ranks | launcher | kill to a new step on all ranks | kill to any step on all ranks | redone steps | step |",
+        "|---|---|---|---|---|---|",
+    ]
+    medians = {}
+    for launcher in LAUNCHERS:
+        own = [recovery for recovery in found if recovery.launcher == launcher]
+        medians[launcher] = statistics.median(recovery.new_step_seconds for recovery in own)
+        columns = (
+            f"{args.nodes} x {args.ranks}",
+            launcher,
+            spread([recovery.new_step_seconds for recovery in own]),
+            spread([recovery.first_step_seconds for recovery in own]),
+            f"{statistics.median(recovery.redone_steps for recovery in own):g}",
+            f"{statistics.median(recovery.step_seconds for recovery in own):.2f} s",
+        )
+        rows.append(f"| {' | '.join(columns)} |")
+    own = [recovery for recovery in found if recovery.launcher == "ftrain"]
+    noticed = spread([recovery.noticed_seconds for recovery in own if recovery.noticed_seconds is not None])
+    looping = spread([recovery.looping_seconds for recovery in own if recovery.looping_seconds is not None])
+    share = medians["ftrain"] / medians["torchrun"]
+    return "\n".join(
+        [
+            *rows,
+            "",
+            f"ftrain takes {share:.3f} of torchrun's time, that is 1/{1 / share:.1f}, over {args.repeats} kills each.",
+            f"ftrain after the kill: failure named {noticed}; all ranks back in their loop {looping}.",
+        ]
+    )
+
+
+def spread(values: list[float]) -> str:
+    if not values:
+        return "not told"
+    return f"{statistics.median(values):.2f} s ({min(values):.2f}-{max(values):.2f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--nodes", type=int, default=2)
+    parser.add_argument("--ranks", type=int, default=1, help="on each node")
+    parser.add_argument("--repeats", type=int, default=5, help="kills under each launcher")
+    parser.add_argument("--kills", type=int, default=2, help="of them in one run, before the launchers take turns")
+    parser.add_argument("--checkpoint-every", type=int, default=5, help="steps")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--length", type=int, default=64)
+    args = parser.parse_args()
+    if args.nodes * args.ranks < 2:
+        parser.error("one rank alone has no peers to wait for: give at least two, --nodes 2 --ranks 1")
+    print(
+        f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {os.cpu_count()} CPUs ({platform.machine()}), torch {torch.__version__},",
+        end=" ",
+    )
+    print(f"load {os.getloadavg()[0]:.1f}")
+    with tempfile.TemporaryDirectory(prefix="ftrain-bench-") as directory:
+        found = measure(args, Path(directory))
+    print(table(found, args))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""What `bench/recovery.py` trains: one model and one loop, written twice, for each launcher as its users would.
+
+Not meant to be run by hand. Each rank appends one line to RECORDS/rank-R after each finished step: the time, the step and its process.
+Only what a branch needs is imported in it, so that neither launcher pays for the other's libraries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+VOCABULARY = 256
+LEARNING_RATE = 1e-4
+
+
+class SmallGPT(nn.Module):
+    """Tokens [batch, length + 1] to the mean loss of each next one: 25 million parameters with 8 layers 512 wide."""
+
+    def __init__(self, layers: int, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, width)
+        layer = nn.TransformerEncoderLayer(
+            width, width // 64, 4 * width, dropout=0.0, batch_first=True, norm_first=True
+        )
+        self.body = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.head = nn.Linear(width, VOCABULARY)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        given, wanted = tokens[:, :-1], tokens[:, 1:]
+        mask = nn.Transformer.generate_square_subsequent_mask(given.shape[1])
+        logits = self.head(self.body(self.embedding(given), mask=mask, is_causal=True))
+        return nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("launcher", choices=("ftrain", "torchrun"))
+    parser.add_argument("--records", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=100_000)
+    parser.add_argument("--checkpoint-every", type=int, default=5)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--length", type=int, default=64)
+    args = parser.parse_args()
+    if args.launcher == "ftrain":
+        train_with_ftrain(args)
+    else:
+        train_with_torchrun(args)
+
+
+def train_with_ftrain(args: argparse.Namespace) -> None:
+    """The worker API; `ftrain launch --checkpoint-every` says how often."""
+    import ftrain
+
+    run = ftrain.join()
+    torch.manual_seed(1)
+    model = DistributedDataParallel(SmallGPT(args.layers, args.width))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    run.track(model=model, optimizer=optimizer)
+    for step in run.steps(args.steps):
+        with step:
+            train_step(model, optimizer, tokens(args, step.number, run.rank))
+            record(args.records, run.rank, step.number)
+
+
+def train_with_torchrun(args: argparse.Namespace) -> None:
+    """Rank 0 saves everything to one file and renames it into place; every rank loads it when it starts."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    checkpoint = args.records / "checkpoint.pt"
+    torch.manual_seed(1)
+    model = DistributedDataParallel(SmallGPT(args.layers, args.width))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    first = 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, map_location="cpu")
+        model.module.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+    for step in range(first, args.steps):
+        train_step(model, optimizer, tokens(args, step, rank))
+        record(args.records, rank, step)
+        if rank == 0 and (step + 1) % args.checkpoint_every == 0:
+            state = {"model": model.module.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+            temporary = checkpoint.with_suffix(".tmp")
+            torch.save(state, temporary)
+            temporary.replace(checkpoint)
+    dist.destroy_process_group()
+
+
+def tokens(args: argparse.Namespace, step: int, rank: int) -> torch.Tensor:
+    """The same for the same step and rank under both launchers, whatever was done before."""
+    generator = torch.Generator().manual_seed(step * 1000 + rank)
+    return torch.randint(VOCABULARY, (args.batch, args.length + 1), generator=generator)
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: torch.Tensor) -> None:
+    model(batch).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def record(records: Path, rank: int, step: int) -> None:
+    with (records / f"rank-{rank}").open("a") as file:
+        file.write(f"{time.time():.4f} {step} {os.getpid()}\n")
+
+
+if __name__ == "__main__":
+    main()
