@@ -83,13 +83,13 @@ def copy_batch(pairs: Sequence[tuple[int, int, int]], threads: int = 1) -> None:
     """
 
 def write_from(fd: int, address: int, nbytes: int, offset: int) -> None:
-    """Writes all of the memory at `offset` of the file. With O_DIRECT address, size and offset are multiples of 4096."""
+    """Writes all of the memory at `offset` of the file. With O_DIRECT all three are multiples of 4096."""
 
 def read_into(fd: int, address: int, nbytes: int, offset: int) -> None:
     """Fills the memory from `offset` of the file. EOFError where the file ends before."""
 
 def set_parent_death_signal(signum: int) -> None:
-    """This process gets the signal when the thread that made it ends. Then compare os.getppid(): it may be gone already."""
+    """This process gets the signal when the thread that made it ends. Compare os.getppid() then: it may be gone."""
 
 def set_child_subreaper(on: bool) -> None:
     """Whether orphaned descendants become children of this process."""

@@ -41,6 +41,7 @@ from ftrain.core.schedule import Cadence
 from ftrain.core.supervision import Failure, FailureClass
 from ftrain.errors import ExitCode
 
+ATTEMPTS_PER_TERM = 1_000_000  # an adopted generation's attempts are numbered from its coordinator's term times this
 RECONNECT_SECONDS = 2.0  # how long a stopping generation waits for the report of a node whose channel broke
 
 
@@ -374,7 +375,9 @@ def _adopt(turn: Turn) -> None:
     assert generation is not None
     reports = [state.report(node) for node in state.members]
     whole = all(
-        len(report.ranks) + len(report.exits) == member.processes and all(exit.ok for exit in report.exits)
+        member.node in state.nodes
+        and len(report.ranks) + len(report.exits) == member.processes
+        and all(exit.ok for exit in report.exits)
         for member, report in zip(generation.members, reports, strict=True)
     )
     if whole and not state.gone:
@@ -384,7 +387,9 @@ def _adopt(turn: Turn) -> None:
             (recovery.resume_from(seq, body) for seq, body in state.history.commits if body.attempt == last.resumes),
             None,
         )
-        turn.set(attempts=max(report.attempt_seen for report in reports), resume=resume, cadence=Cadence(due=turn.now))
+        # A former coordinator may have proposed numbers that no node has seen, and may still want to delete their files.
+        attempts = max(state.term * ATTEMPTS_PER_TERM, *(report.attempt_seen for report in reports))
+        turn.set(attempts=attempts, resume=resume, cadence=Cadence(due=turn.now))
         turn.log(f"generation {generation.number} is still running on all nodes: carrying on with it")
         turn.enter(Phase.RUNNING)
         for node in state.members:

@@ -83,7 +83,7 @@ def drained(turn: Turn) -> None:
         turn.set(exit_code=int(code), summary=text)
         let_go(turn)
         return
-    for node in drain.nodes:
+    for node in sorted(drain.nodes):
         turn.send(node, m.Leave(state.term, int(code), text))
     turn.set(drain=None, waiting_since=turn.now, exits={})
     turn.set(nodes={name: node for name, node in state.nodes.items() if name not in drain.nodes})

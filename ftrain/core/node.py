@@ -414,7 +414,7 @@ def _said(turn: _Turn, message: m.FromCoordinator) -> None:
             _repeat(turn)
             return
         case m.Declined(reason, exit_code):
-            turn.set(leave=m.Leave(state.term, exit_code, reason))
+            _leave_now(turn, exit_code, reason)
             return
         case m.Tell(text):
             turn.do(Show(text))
@@ -436,7 +436,7 @@ def _said(turn: _Turn, message: m.FromCoordinator) -> None:
         case m.Committed(attempt=attempt):
             if state.snapshot is not None and state.snapshot.attempt == attempt:
                 turn.set(snapshot=None)
-                if state.alive and all(worker.at_end for worker in state.alive):
+                if state.alive and all(_is_last(worker, attempt.step) for worker in state.alive):
                     turn.do(ReleasePages(_ranks(state)))
         case m.Verdict(attempt=attempt, leave=leave):
             if attempt.generation == state.generation:
@@ -458,6 +458,11 @@ def _prepare(turn: _Turn, generation: int) -> None:
         turn.do(HostStore(generation))
     elif store.port:
         turn.send(m.StoreReady(generation, store.address, store.port))
+
+
+def _is_last(worker: Worker, step: int) -> bool:
+    """The worker is at its end, and `step` is that end: an older attempt may commit while it waits there for the last."""
+    return worker.at_end and worker.looping is not None and worker.looping.total_steps == step
 
 
 def _ranks(state: State) -> tuple[int, ...]:

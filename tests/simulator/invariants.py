@@ -38,6 +38,8 @@ class Truth:
         self.last_step = 0  # of the newest commit that is not damaged
         self.born: dict[tuple[int, int], int] = {}  # (generation, rank) -> pid
         self.attempts: set[m.Attempt] = set()
+        self.may_end_unsaved = False
+        self.acted_upon = 0  # the newest record that a coordinator took for durable
 
     # -------------------------------------------------------------------------------------------------- the journal
 
@@ -125,7 +127,7 @@ class Truth:
         before = self.history
         after = journal.History()
         try:
-            for path, data in self.world.storage.records():
+            for path, data in self.world.storage.visible_records():
                 after = after.after(journal.decode(data, path), journal.digest(data))
         except CorruptCheckpoint as error:
             raise Violation(f"after a power cut: {error}") from None
@@ -136,9 +138,9 @@ class Truth:
             self._whole(body)
 
     def _forget(self, history: journal.History) -> None:
-        """A record whose directory was not synced yet is gone. Nobody may have acted upon it; `agents_heard` sees to that."""
-        if history.head.sequence < max((self.world.acted_upon), default=0):
-            raise Violation(f"the power cut took back journal record {self.world.acted_upon}")
+        """A record whose directory was not synced yet is gone. Nobody may have acted upon it."""
+        if history.head.sequence < self.acted_upon:
+            raise Violation(f"the power cut took back journal record {self.acted_upon}, which was acted upon")
         number = history.generation.generation if history.generation is not None else 0
         self.worlds = {key: size for key, size in self.worlds.items() if key <= number}
         sound = [body.attempt.step for _, body in history.commits if body.attempt not in self.damaged]
@@ -159,7 +161,7 @@ class Truth:
         self, who: Coordinator, before: run_state.State, after: run_state.State, actions: Iterable[run_state.Action]
     ) -> None:
         if after.history.head.sequence > before.history.head.sequence:
-            self.world.acted_upon = max(self.world.acted_upon, after.history.head.sequence)
+            self.acted_upon = max(self.acted_upon, after.history.head.sequence)
         fenced = False
         for action in actions:
             match action:
@@ -168,6 +170,8 @@ class Truth:
                 case run_state.Discard(attempt):
                     if self._committed(attempt):
                         raise Violation(f"{who.name} discards {attempt}, which is committed and not retired")
+                case run_state.Log(text) if "could not be committed" in text:
+                    self.may_end_unsaved = True  # it tried as often as it had to, and said so
                 case run_state.Publish(attempt):
                     self.attempts.add(attempt)
                 case run_state.Exit(_, summary):
@@ -182,18 +186,11 @@ class Truth:
                     attempt not in self.history.retired
                 ):
                     raise Violation(f"{who.name} announces {attempt}, which the journal does not have")
-                self._durable(who, message)
             case m.Start(generation=generation):
                 if generation not in self.worlds:
                     raise Violation(f"{who.name} starts generation {generation}, which the journal does not have")
-                self._durable(who, message)
             case m.Arm(attempt=attempt):
                 self.attempts.add(attempt)
-
-    def _durable(self, who: Coordinator, message: m.FromCoordinator) -> None:
-        """What the message rests on must survive a power cut at this very moment."""
-        head = who.state.history.head.sequence if who.state is not None else 0
-        self.world.acted_upon = max(self.world.acted_upon, head)
 
     # ------------------------------------------------------------------------------------------------------------ agents
 
@@ -244,5 +241,5 @@ class Truth:
         if finish is None or finish.exit_code != 0 or not plan.joins:
             return
         sound = [body.attempt.step for _, body in self.history.commits if body.attempt not in self.damaged]
-        if plan.total_steps and max(sound, default=0) != plan.total_steps and not self.world.may_end_unsaved:
+        if plan.total_steps and max(sound, default=0) != plan.total_steps and not self.may_end_unsaved:
             raise Violation(f"the run ended well, but its newest commit is of step {max(sound, default=0)}")

@@ -94,7 +94,9 @@ class Storage:
         reply(journal.ReadBack(path, file.content if file is not None else None))
 
     def records(self) -> list[tuple[str, bytes]]:
-        """The journal as a coordinator that starts reads it."""
+        """The journal as a coordinator that starts reads it: what it goes by must not be taken back by a power cut."""
+        if self.sync_before_read:
+            self._sync(JOURNAL)
         return sorted((path, file.content) for path, file in self.directories[JOURNAL].items())
 
     # ----------------------------------------------------------------------------------------------- checkpoint files
@@ -173,6 +175,9 @@ class Storage:
                 else:
                     file.synced = file.entered = True
         self.world.truth.power_was_cut()
+
+    def visible_records(self) -> list[tuple[str, bytes]]:
+        return sorted((path, file.content) for path, file in self.directories[JOURNAL].items())
 
     def heal(self) -> None:
         self.disk = type(self.disk)()

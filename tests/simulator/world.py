@@ -57,8 +57,6 @@ class World:
         self.healed = False
         self.deadline = float("inf")
         self.baseline = 0
-        self.acted_upon = 0  # the newest journal record that somebody has acted upon
-        self.may_end_unsaved = False
         self.unreachable: dict[int, float] = {}
         self._queue: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._number = 0
