@@ -1,13 +1,14 @@
 """How long a killed rank stops a run, under `ftrain launch` and under torchrun, one after the other on this machine.
 
-Measured from SIGKILL of the last rank to the moment when every rank has finished a step that no rank had finished before the kill. The
-steps that are done again are part of that time. Every launcher is a real one of its own, two of them are two nodes.
+Measured from SIGKILL of the last rank to the moment when every rank has finished a step that no rank had finished
+before the kill; the steps that are done again are part of that time. Two launchers on this host are two nodes.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import platform
@@ -56,6 +57,12 @@ class Recovery:
     noticed_seconds: float | None  # ftrain has named the failure
     looping_seconds: float | None  # every rank of ftrain has its state back and begins its first step
 
+    def __str__(self) -> str:
+        return (
+            f"{self.launcher}: new step after {self.new_step_seconds:.2f} s, any step after {self.first_step_seconds:.2f} s, "
+            f"{self.redone_steps} redone, a step takes {self.step_seconds:.2f} s"
+        )
+
 
 @dataclass
 class Job:
@@ -92,14 +99,8 @@ class Job:
                 )
 
     def _flags(self, node: int, endpoint: str) -> list[str]:
-        common = [
-            "--nnodes",
-            str(self.args.nodes),
-            "--nproc-per-node",
-            str(self.args.ranks),
-            "--rdzv-endpoint",
-            endpoint,
-        ]
+        size = ["--nnodes", str(self.args.nodes), "--nproc-per-node", str(self.args.ranks)]
+        common = [*size, "--rdzv-endpoint", endpoint]
         if self.launcher == "torchrun":
             return [*TORCHRUN, *common, "--rdzv-backend", "c10d", "--rdzv-id", "bench", "--max-restarts", "100"]
         own = ["--node-rank", str(node), "--run-dir", str(self.path / "run"), "--secret", str(self.path / "secret")]
@@ -113,13 +114,13 @@ class Job:
     def finished(self) -> list[list[Finished]]:
         """The finished steps of each rank so far, without ftrain's rehearsals.
 
-        A resumed ftrain run does its first step twice, the first time for nothing: of two lines of one process for one step only the
-        second counts. The newest line may be such a first one, so it is left out until the next shows what it was.
+        A resumed ftrain run does its first step twice, the first time for nothing: of two lines of one process for one
+        step only the second counts. The newest line may be such a first one, so it waits for the next to show it.
         """
         ranks = []
         for rank in range(self.world_size):
             lines = self._lines(rank)
-            pairs = zip(lines, lines[1:], strict=False)
+            pairs = itertools.pairwise(lines)
             ranks.append([line for line, later in pairs if (line.pid, line.step) != (later.pid, later.step)])
         return ranks
 
@@ -143,10 +144,9 @@ class Job:
         raise SystemExit(f"{self.launcher}: {text}; the ends of its output:\n{tails}")
 
     def kill_last_rank(self, phase: int) -> Recovery:
-        """Kill the last rank once `phase` steps are done since a checkpoint, and wait until every rank has got further than that."""
-        settled = (
-            min(lines[-1].step if lines else 0 for lines in map(self._lines, range(self.world_size))) + SETTLE_STEPS
-        )
+        """Kill the last rank once `phase` steps are done since a checkpoint; wait until every rank got further."""
+        newest = [lines[-1].step if lines else 0 for lines in map(self._lines, range(self.world_size))]
+        settled = min(newest) + SETTLE_STEPS
         aim = settled + (phase - settled - 1) % self.args.checkpoint_every
         self.wait(lambda: any(line.step >= aim for line in self._lines(0)), f"step {aim}")
         victim = self._lines(self.world_size - 1)[-1].pid
@@ -167,7 +167,7 @@ class Job:
             first_step_seconds=max(done[0].at for done in again) - killed_at,
             new_step_seconds=max(done[0].at for done in first_beyond(furthest)) - killed_at,
             redone_steps=furthest + 1 - again[-1][0].step,
-            step_seconds=statistics.median(b - a for a, b in zip(undisturbed, undisturbed[1:], strict=False)),
+            step_seconds=statistics.median(b - a for a, b in itertools.pairwise(undisturbed)),
             noticed_seconds=self._event_seconds("interruption", killed_at),
             looping_seconds=self._event_seconds("resumed", killed_at),
         )
@@ -176,9 +176,8 @@ class Job:
         """When ftrain's own story first tells of such an event after the kill; torchrun tells none."""
         path = self.path / "run" / "events.jsonl"
         told = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        return next(
-            (e["unix_seconds"] - killed_at for e in told if e["event"] == event and e["unix_seconds"] > killed_at), None
-        )
+        times = [one["unix_seconds"] - killed_at for one in told if one["event"] == event]
+        return next((seconds for seconds in times if seconds > 0), None)
 
     def stop(self) -> None:
         """End everything that carries this job's mark, by its process id."""
@@ -221,7 +220,7 @@ def measure(args: argparse.Namespace, directory: Path) -> list[Recovery]:
                 job.start()
                 for kill in range(first, min(first + args.kills, args.repeats)):
                     recovery = job.kill_last_rank(phase=kill % args.checkpoint_every)
-                    print(f"{recovery}, load {os.getloadavg()[0]:.1f}", flush=True)
+                    print(f"{recovery} (load {os.getloadavg()[0]:.1f})", flush=True)
                     found.append(recovery)
             finally:
                 job.stop()
@@ -231,7 +230,7 @@ def measure(args: argparse.Namespace, directory: Path) -> list[Recovery]:
 def table(found: list[Recovery], args: argparse.Namespace) -> str:
     """Markdown: a row for each launcher, and what share of torchrun's time ftrain takes."""
     rows = [
-        "| nodes x ranks | launcher | kill to a new step on all ranks | kill to any step on all ranks | redone steps | step |",
+        "| nodes x ranks | launcher | kill to new step on all ranks | kill to any step on all | redone | step |",
         "|---|---|---|---|---|---|",
     ]
     medians = {}
@@ -279,13 +278,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--length", type=int, default=64)
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that nothing is left behind
     if args.nodes * args.ranks < 2:
         parser.error("one rank alone has no peers to wait for: give at least two, --nodes 2 --ranks 1")
-    print(
-        f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {os.cpu_count()} CPUs ({platform.machine()}), torch {torch.__version__},",
-        end=" ",
-    )
-    print(f"load {os.getloadavg()[0]:.1f}")
+    machine = f"{os.cpu_count()} CPUs ({platform.machine()}), torch {torch.__version__}"
+    print(f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {machine}, load {os.getloadavg()[0]:.1f}")
     with tempfile.TemporaryDirectory(prefix="ftrain-bench-") as directory:
         found = measure(args, Path(directory))
     print(table(found, args))

@@ -1,7 +1,7 @@
 """What `bench/recovery.py` trains: one model and one loop, written twice, for each launcher as its users would.
 
-Not meant to be run by hand. Each rank appends one line to RECORDS/rank-R after each finished step: the time, the step and its process.
-Only what a branch needs is imported in it, so that neither launcher pays for the other's libraries.
+Not meant to be run by hand. Each rank appends one line to RECORDS/rank-R after each finished step: the time, the step
+and its process. Only what a branch needs is imported in it, so that neither launcher pays for the other's libraries.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ from ftrain.errors import AlreadyExists, FtrainError, NotFound, StorageError, Un
 from ftrain.storage.base import Storage
 
 log = logging.getLogger("ftrain")
+DISCARDED_MAX = 256
 
 
 def read_history(storage: Storage) -> History:
@@ -61,6 +62,7 @@ class CoordinatorHost:
         self._policy = policy
         self._writer = uuid.uuid4().hex  # unique for this life of the coordinator
         self._peers: dict[str, Peer] = {}
+        self._heard: set[str] = set()  # nodes whose Hello the machine has seen
         self._events: deque[run_state.Event] = deque()
         self._busy = False
         self._timer: asyncio.TimerHandle | None = None
@@ -68,6 +70,8 @@ class CoordinatorHost:
         self._done: asyncio.Future[run_state.Exit] = self._loop.create_future()
         self._journal = ThreadPoolExecutor(1, "ftrain-journal")  # one: its operations keep their order
         self._files = ThreadPoolExecutor(2, "ftrain-publish")
+        # Removed again and again: an agent may still have been writing to one when it was removed first.
+        self._discarded: deque[str] = deque(maxlen=DISCARDED_MAX)
         self._story = Story(story_directory)
         self._state: run_state.State | None = None
         self._early: list[run_state.Event] = []
@@ -101,6 +105,7 @@ class CoordinatorHost:
         if self._timer is not None:
             self._timer.cancel()
         await self._service.close()
+        self._files.submit(_discard, self._storage, tuple(self._discarded))
         for pool in (self._journal, self._files):
             await self._loop.run_in_executor(None, pool.shutdown)
         self._story.close()
@@ -142,12 +147,23 @@ class CoordinatorHost:
                 self._state, actions = coordinator.step(self._state, event, time.monotonic(), time.time())
                 for action in actions:
                     self._carry_out(action)
+                if isinstance(event, run_state.Received):
+                    self._heard.add(event.node)
+                self._close_strays()
         except Exception as error:  # the machine's edge: a bug here must not leave a coordinator that decides nothing
             log.exception("the coordinator failed")
             self._finish(run_state.Exit(70, f"the coordinator failed: {error!r}"))
         finally:
             self._busy = False
         self._set_timer()
+
+    def _close_strays(self) -> None:
+        """A node that was declined or lost must not stay connected unheard: an agent that lives comes back anew."""
+        assert self._state is not None
+        for node in self._heard - set(self._state.nodes):
+            self._heard.discard(node)
+            if node in self._peers:
+                self._peers[node].close("it is not part of the run any more")
 
     def _set_timer(self) -> None:
         assert self._state is not None
@@ -167,8 +183,10 @@ class CoordinatorHost:
                 self._work(self._journal, lambda: run_state.Stored(_store(self._storage, request)))
             case run_state.Publish():
                 self._work(self._files, lambda: _publish(self._storage, action, self._writer))
+                self._files.submit(_discard, self._storage, tuple(self._discarded))
             case run_state.Discard(attempt):
-                self._files.submit(_discard, self._storage, attempt)
+                self._discarded.append(attempt.path)
+                self._files.submit(_discard, self._storage, tuple(self._discarded))
             case run_state.Exit():
                 self._finish(action)
             case _:
@@ -200,7 +218,9 @@ def _store(storage: Storage, request: journal.Create | journal.Read) -> journal.
             return journal.Created(path, journal.Outcome.CREATED)
         case journal.Read(path):
             try:
-                return journal.ReadBack(path, storage.read(path))
+                data = storage.read(path)
+                # What is read may be acted upon: it has to be as durable as if we had just written it.
+                return journal.ReadBack(path, data, known=storage.confirm(path, data))
             except NotFound:
                 return journal.ReadBack(path, None)
             except (StorageError, OSError):
@@ -218,10 +238,9 @@ def _publish(storage: Storage, action: run_state.Publish, writer: str) -> run_st
     return run_state.Published(action.attempt, sha256)
 
 
-def _discard(storage: Storage, attempt: m.Attempt) -> None:
-    try:
-        remove(storage, attempt.path)
-    except (FtrainError, OSError) as error:
-        log.warning(
-            "the files of %s could not be removed (%s); the next start of this run will try again", attempt, error
-        )
+def _discard(storage: Storage, paths: Sequence[str]) -> None:
+    for path in paths:
+        try:
+            remove(storage, path)
+        except (FtrainError, OSError) as error:
+            log.debug("%s could not be removed yet: %s", path, error)

@@ -123,7 +123,7 @@ async def _host(spec: JobSpec, secret: Secret) -> tuple[CoordinatorHost, int] | 
     first = topology.node_rank == 0 or (topology.node_rank < 0 and options.is_local(topology.host))
     if not first:
         return None
-    _check_unused(spec.run_dir)
+    _check_unused(spec.run_dir, topology.port)
     hosts = LOOPBACK if topology.loopback else EVERYWHERE
     storage = open_storage(str(spec.run_dir))
     host = CoordinatorHost(policy_of(spec), storage, secret, hosts, topology.port, spec.run_dir)
@@ -147,11 +147,13 @@ def write_whereabouts(run_dir: Path, host: str, port: int) -> None:
     temporary.replace(path)
 
 
-def _check_unused(run_dir: Path) -> None:
+def _check_unused(run_dir: Path, port: int) -> None:
     """Two launchers must not share a run by mistake. (If they do all the same, the journal lets only one go on.)"""
     with suppress(OSError, ValueError, KeyError):
         found = json.loads((run_dir / WHEREABOUTS).read_text())
         command = Path(f"/proc/{int(found['pid'])}/cmdline").read_bytes()
+        if found["port"] == port:
+            return  # `ftrain coordinator` at this run's own endpoint
         if found["on"] == socket.gethostname() and b"ftrain" in command and int(found["pid"]) != os.getpid():
             raise UsageError(
                 f"--run-dir {run_dir}: this run is being served by process {found['pid']} already; "

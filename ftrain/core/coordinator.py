@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import msgspec
+
 from ftrain.core import commit, journal, leaving, membership, recovery, rounds, supervision
 from ftrain.core import messages as m
 from ftrain.core.journal import History
@@ -49,7 +51,7 @@ def initial(policy: RunPolicy, history: History, writer: str) -> State:
     """A coordinator that has read the journal and decided nothing yet. `writer` is unique for this life of it."""
     number = history.generation.generation if history.generation else 0
     state = State(policy, history, journal.Appender(writer, history.head), number=number)
-    return replace(state, judged_commit=state.newest_commit)
+    return msgspec.structs.replace(state, judged_commit=state.newest_commit)
 
 
 def step(state: State, event: Event, now: float, wall: float = 0.0) -> tuple[State, tuple[Action, ...]]:
@@ -80,6 +82,8 @@ def wake_at(state: State, now: float) -> float:
     """When a `Tick` is due next. What was due by `now` has been done by the step that ended then."""
     times = [state.until, state.appender.retry_at if state.appender.stage is journal.Stage.WAITING else float("inf")]
     times += [node.lease_until for node in state.nodes.values()]
+    if state.phase is Phase.FORMING:
+        times.append(state.probe_at)
     if state.barrier is not None:
         times.append(state.barrier.deadline)
     elif state.phase is Phase.RUNNING:
@@ -128,14 +132,14 @@ def _hello(turn: Turn, hello: m.Hello) -> None:
         turn.log(f"node on {hello.host} was not taken: {refusal.reason}", "warning")
         return
     predecessor = membership.replaces(hello, state.nodes.values())
-    if predecessor is not None:
+    if predecessor is not None and not predecessor.connected:
         _lose(turn, predecessor.name, f"node {hello.node_rank} was replaced by a new launcher on {hello.host}")
     known = turn.state.nodes.get(hello.node)
     joined_at = known.joined_at if known else turn.now
     node = Node(hello, joined_at, turn.now + state.policy.lease_seconds)
     turn.set(
         nodes={**turn.state.nodes, hello.node: node},
-        reports={**turn.state.reports, hello.node: hello.report},
+        reports={**turn.state.reports, hello.node: _newer(turn.state.reports.get(hello.node), hello.report)},
         job_sha256=state.job_sha256 or hello.job_sha256,
     )
     if state.phase is Phase.ADOPTING and state.generation is not None:
@@ -144,6 +148,15 @@ def _hello(turn: Turn, hello: m.Hello) -> None:
                 turn.set(gone=turn.state.gone | {member.node})
     if state.term:
         _welcome(turn, hello.node)
+        if predecessor is not None and predecessor.connected:
+            # Two launchers by mistake, or a machine that vanished without a word: its lease will tell.
+            holder = predecessor.hello
+            text = f"node rank {hello.node_rank} is held by process {holder.pid} on {holder.host}; waiting for that to end"
+            turn.send(hello.node, m.Tell(text))
+
+
+def _newer(known: m.Report | None, report: m.Report) -> m.Report:
+    return report if known is None or report.version >= known.version else known
 
 
 def _refusal(state: State, hello: m.Hello) -> m.Declined | None:
@@ -205,7 +218,7 @@ def _resync(turn: Turn, node: str, report: m.Report) -> None:
     if state.phase in (Phase.STOPPING, Phase.FORMING, Phase.PAUSING, Phase.SETTLING) and not report.stopped:
         _stop_node(turn, node, report.generation, "its generation is over")
     barrier = turn.state.barrier
-    if barrier is not None and barrier.stage is commit.Stage.PROPOSED and report.attempt_seen < barrier.attempt.number:
+    if barrier is not None and barrier.stage is commit.Stage.PROPOSED and node not in barrier.accepted:
         turn.send(node, m.Arm(state.term, barrier.attempt, barrier.hold))
 
 
@@ -244,6 +257,8 @@ def _disconnected(turn: Turn, name: str) -> None:
         return
     if name in turn.state.members and turn.state.phase not in (Phase.LEAVING, Phase.CLOSING):
         turn.set(nodes={**turn.state.nodes, name: replace(node, connected=False)})
+        if membership.successor(node, turn.state.nodes.values()) is not None:
+            _lose(turn, name, f"node {node.hello.node_rank} was replaced by a new launcher")
     else:
         _forget(turn, name)
 
@@ -406,11 +421,16 @@ def _adopt(turn: Turn) -> None:
 def _form(turn: Turn) -> None:
     state = turn.state
     nodes = [replace(node, busy_generation=_busy(state, node.name)) for node in state.nodes.values()]
-    number = state.number + 1
+    # A node may have been told of numbers that never came into the journal: it would not obey them a second time.
+    number = 1 + max([state.number, *(report.generation for report in state.reports.values())])
     found = membership.form(state.policy.formation, nodes, state.generation, number, state.waiting_since, turn.now)
     match found:
         case membership.Wait(until):
             turn.set(until=until)
+            if turn.now >= state.probe_at:
+                # Whoever waits writes nothing, and would not notice that the nodes it waits for follow somebody else.
+                turn.set(probe_at=turn.now + state.policy.lease_seconds)
+                turn.record(journal.Probe())
         case membership.TimedOut(have, need):
             waited = state.policy.formation.wait_seconds
             leaving.close(turn, ExitCode.UNAVAILABLE, f"only {have} of {need} nodes were there after {waited:.0f} s")
@@ -460,7 +480,7 @@ def _starting(turn: Turn) -> None:
     state = turn.state
     if state.gone or state.drain is not None:
         if state.drain is not None:
-            _stop(turn, "the run is leaving")
+            leaving.drained(turn)
         else:
             turn.set(waiting_since=turn.now)
             turn.enter(Phase.FORMING)
@@ -485,9 +505,14 @@ def _running(turn: Turn) -> None:
         for _, exit in state.exits.values()
         if exit.failed and not (leaving_now and exit.code == ExitCode.PREEMPTED and not exit.signal)
     ]
-    if failed or state.gone:
+    # Nobody here has ordered a stop: a former coordinator did, when it did not know yet that it was one.
+    halted = [node for node in state.members if _knows(state, node) and state.report(node).stopped]
+    if failed or state.gone or halted:
         if state.failure is None and failed:
             turn.set(failure=supervision.explain(state.exits[failed[0].rank][0], failed[0]))
+        elif state.failure is None and halted:
+            why = f"node {_place(turn, halted[0])} was stopped by a former coordinator"
+            turn.set(failure=Failure(FailureClass.NODE, halted[0], why))
         turn.set(failed_at=turn.now)
         assert turn.state.failure is not None or state.drain is not None
         _stop(turn, turn.state.failure.summary if turn.state.failure else "the run is leaving")
@@ -505,6 +530,11 @@ def _running(turn: Turn) -> None:
             turn.do(Resumed(generation.number, first, turn.now - state.failed_at))
             turn.set(failed_at=0.0)
         rounds.propose(turn)
+
+
+def _knows(state: State, node: str) -> bool:
+    """The node has reported about the present generation."""
+    return state.report(node).generation == state.number
 
 
 def _stop(turn: Turn, why: str) -> None:

@@ -174,6 +174,7 @@ class Stage(Enum):
     IDLE = "idle"
     CREATING = "creating"
     READING = "reading"
+    PROBING = "probing"  # nothing to write: looking whether somebody else has continued the history
     WAITING = "waiting"  # storage failed; tried again at `retry_at`
     FENCED = "fenced"
 
@@ -220,6 +221,11 @@ class Retry:
 
 
 @dataclass(frozen=True, slots=True)
+class Probe:
+    """Look whether the history has been continued by somebody else, if there is nothing to write that would show it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Appended:
     """The record is in the history, durably."""
 
@@ -242,7 +248,7 @@ class Stalled:
     retry_at: float
 
 
-Event = Append | Created | ReadBack | Retry
+Event = Append | Created | ReadBack | Retry | Probe
 Action = Create | Read | Appended | Lost | Stalled
 
 
@@ -271,6 +277,12 @@ def step(state: Appender, event: Event, now: float, wall: float) -> tuple[Append
             if state.stage is not Stage.CREATING or path != _path(state):
                 return state, ()
             return _created(state, outcome, cause, now, wall)
+        case ReadBack(path, data, _) if state.stage is Stage.PROBING:
+            if path != _path(state):
+                return state, ()
+            if data is not None:
+                return replace(state, stage=Stage.FENCED, pending=()), (Lost(path),)
+            return _next(replace(state, stage=Stage.IDLE), wall)
         case ReadBack(path, data, known):
             if state.stage is not Stage.READING or path != _path(state):
                 return state, ()
@@ -280,6 +292,10 @@ def step(state: Appender, event: Event, now: float, wall: float) -> tuple[Append
                 return state, ()
             # Read before writing again: the try that failed may have landed after all.
             return replace(state, stage=Stage.READING), (Read(_path(state)),)
+        case Probe():
+            if state.stage is not Stage.IDLE:
+                return state, ()
+            return replace(state, stage=Stage.PROBING), (Read(_path(state)),)
 
 
 def _path(state: Appender) -> str:

@@ -71,7 +71,7 @@ def drained(turn: Turn) -> None:
     state = turn.state
     drain = state.drain
     assert drain is not None
-    nothing_ran = state.phase in (Phase.OPENING, Phase.ADOPTING, Phase.FORMING, Phase.PAUSING)
+    nothing_ran = state.phase in (Phase.OPENING, Phase.ADOPTING, Phase.FORMING, Phase.STARTING, Phase.PAUSING)
     saved = drain.saved or nothing_ran
     if drain.why == "SIGINT":
         text = "interrupted; the last finished step is committed" if saved else "interrupted; the last commit stands"

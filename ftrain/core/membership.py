@@ -94,7 +94,7 @@ def form(
     Nodes that were asked for by rank keep that order; others keep the order they had, newcomers come last.
     """
     present = [node for node in nodes if node.connected and node.lease_until > now]
-    ready = [node for node in present if node.busy_generation == 0]
+    ready = _one_for_each_rank([node for node in present if node.busy_generation == 0])
     if len(ready) < policy.nodes_min:
         if now >= since + policy.wait_seconds:
             return TimedOut(len(ready), policy.nodes_min)
@@ -125,6 +125,22 @@ def replaces(newcomer: Hello, nodes: Iterable[Node]) -> Node | None:
         return None
     same = (node for node in nodes if node.hello.node_rank == newcomer.node_rank and node.name != newcomer.node)
     return next(same, None)
+
+
+def successor(node: Node, nodes: Iterable[Node]) -> Node | None:
+    """A later life of the same node, that waits for this one to end."""
+    rank = node.hello.node_rank
+    same = (other for other in nodes if rank >= 0 and other.hello.node_rank == rank and other.name != node.name)
+    return next(same, None)
+
+
+def _one_for_each_rank(nodes: list[Node]) -> list[Node]:
+    """Of launchers that claim the same node rank, the one that came first."""
+    taken: dict[int, Node] = {}
+    for node in sorted(nodes, key=lambda node: (node.joined_at, node.name)):
+        if node.hello.node_rank >= 0:
+            taken.setdefault(node.hello.node_rank, node)
+    return [node for node in nodes if taken.get(node.hello.node_rank, node) is node]
 
 
 def renewed(node: Node, now: float, lease_seconds: float) -> Node:

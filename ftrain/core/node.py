@@ -8,7 +8,9 @@ coordinator or attempt asks for is not done.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+
+import msgspec
 
 from ftrain.core import local
 from ftrain.core import messages as m
@@ -43,11 +45,11 @@ class Snapshot:
     hold: bool
     sealed: frozenset[int] = frozenset()
     packs: tuple[m.PackRecord, ...] = ()
+    failures: tuple[m.AttemptFailed, ...] = ()
     armed: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class State:
+class State(msgspec.Struct, frozen=True):  # not a dataclass: it is replaced many times an event, and this one is quick
     hello: m.Hello
     grace_seconds: float = 25.0
     coordinator_wait_seconds: float = 600.0
@@ -59,12 +61,12 @@ class State:
     generation: int = 0
     start: m.Start | None = None
     stopping: bool = False
-    workers: Mapping[int, Worker] = field(default_factory=dict)
+    workers: Mapping[int, Worker] = {}
     snapshot: Snapshot | None = None
     attempt_seen: int = 0
     # Ranks that may still write the snapshot of a dead attempt: rank -> (that attempt's step, slot).
-    filling: Mapping[int, tuple[int, int]] = field(default_factory=dict)
-    writing: Mapping[tuple[m.Attempt, int], int] = field(default_factory=dict)  # (attempt, rank) -> slot being persisted
+    filling: Mapping[int, tuple[int, int]] = {}
+    writing: Mapping[tuple[m.Attempt, int], int] = {}  # (attempt, rank) -> slot being persisted
     store: StoreUp | None = None  # of the coming or present generation; port 0 while it is being started
     notice: str = ""
     notice_until: float = float("inf")
@@ -290,7 +292,7 @@ class _Turn:
         self.actions: list[Action] = []
 
     def set(self, **changes: object) -> None:
-        self.state = replace(self.state, **changes)  # type: ignore[arg-type]
+        self.state = msgspec.structs.replace(self.state, **changes)
 
     def do(self, action: Action) -> None:
         self.actions.append(action)
@@ -506,7 +508,10 @@ def _arm(turn: _Turn, attempt: m.Attempt, hold: bool) -> None:
     if snapshot is not None and snapshot.attempt == attempt:
         _repeat(turn)
         return
-    if attempt.generation != state.generation or attempt.number <= state.attempt_seen:
+    if attempt.generation != state.generation or attempt.number < state.attempt_seen:
+        return
+    if attempt.number == state.attempt_seen:
+        turn.send(m.ArmReply(attempt, False, -1, "it was refused, or given up, before"))
         return
     turn.set(attempt_seen=attempt.number)
     busy = {*(slot for _, slot in state.filling.values()), *state.writing.values()}
@@ -581,6 +586,8 @@ def _repeat(turn: _Turn) -> None:
         turn.send(m.Sealed(snapshot.attempt, rank))
     for pack in snapshot.packs:
         turn.send(m.Prepared(snapshot.attempt, pack))
+    for failure in snapshot.failures:
+        turn.send(failure)
 
 
 # ------------------------------------------------------------------------------------------------------- the workers
@@ -613,7 +620,7 @@ def _worker_said(turn: _Turn, rank: int, message: local.FromWorker) -> None:
         case local.WorkerSealFailed(number, cause):
             _unfill(turn, rank)
             if snapshot is not None and snapshot.attempt.number == number:
-                turn.send(m.AttemptFailed(snapshot.attempt, rank, cause))
+                _fail(turn, snapshot, rank, cause)
         case local.WorkerMetrics(done, values):
             turn.send(m.Metrics(state.generation, done, values))
         case local.WorkerError(error):
@@ -661,8 +668,15 @@ def _persisted(turn: _Turn, attempt: m.Attempt, pack: m.PackRecord) -> None:
 
 def _persist_failed(turn: _Turn, attempt: m.Attempt, rank: int, cause: str) -> None:
     _written(turn, attempt, rank)
-    if cause:
-        turn.send(m.AttemptFailed(attempt, rank, cause))
+    snapshot = turn.state.snapshot
+    if cause and snapshot is not None and snapshot.attempt == attempt:
+        _fail(turn, snapshot, rank, cause)
+
+
+def _fail(turn: _Turn, snapshot: Snapshot, rank: int, cause: str) -> None:
+    failure = m.AttemptFailed(snapshot.attempt, rank, cause)
+    turn.set(snapshot=replace(snapshot, failures=(*snapshot.failures, failure)))
+    turn.send(failure)
 
 
 def _written(turn: _Turn, attempt: m.Attempt, rank: int) -> None:

@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from enum import Enum
+
+import msgspec
 
 from ftrain.core import commit, journal
 from ftrain.core import messages as m
@@ -59,8 +61,7 @@ class Drain:
     saved: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class State:
+class State(msgspec.Struct, frozen=True):  # not a dataclass: it is replaced many times an event, and this one is quick
     policy: RunPolicy
     history: History
     appender: journal.Appender
@@ -68,15 +69,15 @@ class State:
     until: float = float("inf")  # when the present phase runs out of time
     term: int = 0
     job_sha256: str = ""
-    nodes: Mapping[str, Node] = field(default_factory=dict)
-    reports: Mapping[str, m.Report] = field(default_factory=dict)
+    nodes: Mapping[str, Node] = {}
+    reports: Mapping[str, m.Report] = {}
     # The generation.
     generation: Generation | None = None
     number: int = 0  # highest generation number ever used
     recorded: bool = False  # the generation is in the journal
     store: tuple[str, int] | None = None
     resume: m.Resume | None = None
-    exits: Mapping[int, tuple[str, m.RankExit]] = field(default_factory=dict)
+    exits: Mapping[int, tuple[str, m.RankExit]] = {}
     gone: frozenset[str] = frozenset()  # its members that were lost
     # The attempt.
     barrier: commit.Barrier | None = None
@@ -91,6 +92,7 @@ class State:
     started_at: float = 0.0
     judged_commit: int = 0  # sequence number of the newest commit when a failure was last judged
     waiting_since: float = 0.0
+    probe_at: float = 0.0  # when a coordinator that waits for nodes next looks whether it is still the newest
     exit_code: int = 0
     summary: str = ""
 
@@ -241,7 +243,7 @@ class Turn:
         self.actions: list[Action] = []
 
     def set(self, **changes: object) -> None:
-        self.state = replace(self.state, **changes)  # type: ignore[arg-type]
+        self.state = msgspec.structs.replace(self.state, **changes)
 
     def enter(self, phase: Phase, until: float = float("inf")) -> None:
         self.set(phase=phase, until=until)
@@ -267,7 +269,8 @@ class Turn:
     def record(self, event: journal.Event) -> tuple[journal.Record, ...]:
         """Feed the journal's own machine. What it asks of storage is passed on; returns what is durable now."""
         appender, actions = journal.step(self.state.appender, event, self.now, self.wall)
-        self.set(appender=appender)
+        if appender is not self.state.appender:
+            self.set(appender=appender)
         done: list[journal.Record] = []
         for action in actions:
             match action:

@@ -1,5 +1,9 @@
 """An endless iterator over a loader whose position is part of the tracked state: each sample exactly once an epoch.
 
+To resume, every random number generator goes back to where it was when the epoch began, the loader begins that epoch
+again, and what was delivered is skipped: a DataLoader's sampler is drawn from without loading anything, another
+loader's batches are drawn.
+
 The position is kept in samples of the whole run, not in batches of one rank, so that it also holds in another world
 size: with a `DistributedSampler`, after `k` batches of `b` samples on each of `w` ranks, the first `k·b·w` samples of
 the epoch's order are done.
@@ -12,8 +16,10 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch.utils.data import DataLoader, Sampler
+import torch
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
 
+from ftrain.core import plain as plain_data
 from ftrain.errors import MismatchedState, UsageError
 from ftrain.worker import random_state
 
@@ -32,6 +38,8 @@ class Batches:
         self._skip = 0  # batches of this epoch that were done before this process began
         self._samples = 0  # of this epoch, done by the whole run before this process began
         self._rng: dict[str, object] | None = None  # when this epoch began
+        self._first_rng = self._now()
+        self._own_rng = self._first_rng  # where the loader's own generators were when this epoch began
         self._iterator: Iterator[Any] | None = None
         self._own_state: Any = None
 
@@ -67,17 +75,26 @@ class Batches:
             "samples": self._samples + self._delivered * self._samples_per_batch(),
             "world_size": self._world_size,
             "rng": self._rng,
-            "loader": stateful() if stateful is not None else None,
+            "own_rng": self._own_rng,
+            "loader": _without_tensors(stateful(), self._name) if stateful is not None else None,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue after the batch that the state was saved after."""
         self._epoch = state["epoch"]
         self._own_state = state["loader"]
-        self._rng = state["rng"]
+        self._rng, self._own_rng = state["rng"], state["own_rng"] or self._first_rng
+        if len(self._own_rng) != len(self._generators()):
+            raise MismatchedState(
+                f"{self._name}: the loader had {len(self._own_rng)} random generators of its own, and now has "
+                f"{len(self._generators())}; resume with the loader that the run began with"
+            )
+        for generator, saved in zip(self._generators(), self._own_rng, strict=True):
+            random_state.set_generator(generator, saved)
         same = state["world_size"] == self._world_size
-        self._skip = state["batches"] if same else self._batches_for(state["samples"])
-        self._samples = state["samples"]
+        # Where it is not a whole number for each rank, the few samples beyond are done again: none is left out.
+        self._samples = state["samples"] // self._world_size * self._world_size
+        self._skip = state["batches"] if same else self._samples // self._samples_per_batch()
         self._delivered = 0
         self._iterator = None
 
@@ -91,67 +108,114 @@ class Batches:
             random_state.restore(self._rng)
         else:
             self._rng = random_state.capture()
+            self._own_rng = self._now()
         for sampler in (getattr(self._loader, name, None) for name in ("sampler", "batch_sampler")):
             if sampler is not None and hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(self._epoch)
         if self._own_state is not None:
-            self._loader.load_state_dict(self._own_state)  # type: ignore[attr-defined]
+            self._loader.load_state_dict(_with_tensors(self._own_state))  # type: ignore[attr-defined]
             return iter(self._loader)
-        if not self._skip:
+        if not self._skip and not self._samples:
             return iter(self._loader)
-        if isinstance(self._loader, DataLoader) and self._loader.batch_sampler is not None:
-            return _resumed(self._loader, self._skip)
-        return itertools.islice(iter(self._loader), self._skip, None)
+        if isinstance(self._loader, DataLoader) and not isinstance(self._loader.dataset, IterableDataset):
+            return self._resumed(self._loader)
+        iterator = iter(self._loader)
+        for done in range(self._skip):
+            if next(iterator, _NOTHING) is _NOTHING:
+                raise MismatchedState(
+                    f"{self._name}: {self._skip} batches of epoch {self._epoch} were done, but the loader has only "
+                    f"{done}; resume with the data that the run began with"
+                )
+        return iterator
+
+    def _resumed(self, loader: DataLoader[Any]) -> Iterator[Any]:
+        """An iterator over the same loader that begins behind what is done, and loads nothing of it."""
+        later = copy.copy(loader)
+        if type(loader.batch_sampler) is BatchSampler:
+            # By samples, for the batch size or the world size may be another one.
+            rest = _Later(loader.sampler, self._samples // self._world_size)
+            self._set(later, "batch_sampler", BatchSampler(rest, loader.batch_sampler.batch_size, loader.drop_last))
+        elif loader.batch_sampler is not None:
+            rest = _Later(loader.batch_sampler, self._skip)
+            self._set(later, "batch_sampler", rest)
+        else:
+            rest = _Later(loader.sampler, self._skip)
+            self._set(later, "sampler", rest)
+        self._set(later, "_iterator", None)
+        iterator = iter(later)
+        # The loader has drawn its base seed; a sampler draws its own at its first sample, which is now and not later.
+        rest.skip()
+        return iterator
+
+    @staticmethod
+    def _set(loader: DataLoader[Any], name: str, value: object) -> None:
+        # DataLoader forbids to set this once it is made, for its iterators would not notice; the copy has none yet.
+        object.__setattr__(loader, name, value)
+
+    def _generators(self) -> list[torch.Generator]:
+        """The loader's own generators, each once."""
+        holders = (self._loader, getattr(self._loader, "sampler", None))
+        found = [getattr(holder, "generator", None) for holder in holders]
+        return list({id(one): one for one in found if isinstance(one, torch.Generator)}.values())
+
+    def _now(self) -> list[bytes]:
+        return [random_state.of_generator(generator) for generator in self._generators()]
 
     def _samples_per_batch(self) -> int:
         return (getattr(self._loader, "batch_size", None) or 1) * self._world_size
 
-    def _batches_for(self, samples: int) -> int:
-        each = self._samples_per_batch()
-        if samples % each:
-            raise MismatchedState(
-                f"{self._name}: {samples} samples of epoch {self._epoch} are done, no whole number of batches of "
-                f"{each} samples on {self._world_size} ranks; choose a batch size that divides it"
-            )
-        return samples // each
+
+_NOTHING = object()
 
 
-def _resumed(loader: DataLoader[Any], skip: int) -> Iterator[Any]:
-    """An iterator over the same loader, beginning `skip` batches later without loading what is skipped."""
-    later = copy.copy(loader)
-    sampler = _Later(loader.batch_sampler, skip)
-    # DataLoader forbids to set this once it is made, because its own iterators would not notice; there are none yet.
-    object.__setattr__(later, "batch_sampler", sampler)
-    object.__setattr__(later, "_iterator", None)
-    iterator = iter(later)
-    # The loader has drawn its base seed; a sampler draws its own at its first batch, which is now and not later.
-    sampler.skip()
-    return iterator
+class _Later(Sampler[Any]):
+    """A sampler without its first `count` draws."""
 
-
-class _Later(Sampler[list[int]]):
-    """A batch sampler without its first batches."""
-
-    def __init__(self, sampler: Any, skip: int) -> None:
+    def __init__(self, sampler: Any, count: int) -> None:
         self._sampler = sampler
-        self._skip = skip
-        self._rest: Iterator[list[int]] = iter(())
-        self._skipped = False
+        self._count = count
+        self._rest: Iterator[Any] | None = None
 
-    def __iter__(self) -> Iterator[list[int]]:
-        self._rest = iter(self._sampler)
-        self._skipped = False
-        return self._batches()
+    def __iter__(self) -> Iterator[Any]:
+        # Not before the first draw: a DataLoader asks for the iterator before it draws its base seed.
+        self.skip()
+        assert self._rest is not None
+        yield from self._rest
 
     def __len__(self) -> int:
-        return max(0, len(self._sampler) - self._skip)
+        return max(0, len(self._sampler) - self._count)
 
     def skip(self) -> None:
-        if not self._skipped:
-            self._skipped = True
-            for _ in itertools.islice(self._rest, self._skip):
+        if self._rest is None:
+            self._rest = iter(self._sampler)
+            for _ in itertools.islice(self._rest, self._count):
                 pass
 
-    def _batches(self) -> Iterator[list[int]]:
-        self.skip()
-        yield from self._rest
+
+def _without_tensors(value: Any, where: str) -> Any:
+    """A loader's own state as plain data: it may hold small tensors, such as a generator's state."""
+    if isinstance(value, torch.Tensor):
+        return {_TENSOR: value.tolist(), "dtype": str(value.dtype).removeprefix("torch.")}
+    if isinstance(value, dict):
+        return {key: _without_tensors(one, f"{where}.{key}") for key, one in value.items()}
+    if isinstance(value, list):
+        return [_without_tensors(one, f"{where}[{place}]") for place, one in enumerate(value)]
+    if isinstance(value, tuple):
+        return tuple(_without_tensors(one, f"{where}[{place}]") for place, one in enumerate(value))
+    plain_data.encode(value, where)
+    return value
+
+
+def _with_tensors(value: Any) -> Any:
+    if isinstance(value, dict):
+        if _TENSOR in value:
+            return torch.tensor(value[_TENSOR], dtype=getattr(torch, value["dtype"]))
+        return {key: _with_tensors(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_with_tensors(one) for one in value]
+    if isinstance(value, tuple):
+        return tuple(_with_tensors(one) for one in value)
+    return value
+
+
+_TENSOR = "a tensor's values"

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import time
+from dataclasses import dataclass
 from types import FrameType
 
 import msgspec
@@ -16,10 +17,20 @@ from ftrain.checkpoint.arena import Arena
 from ftrain.core import local
 from ftrain.core.local import BOOT_VARIABLE, Boot, FromWorker, WorkerMetrics
 from ftrain.core.messages import Attempt
-from ftrain.core.page import Collective, Field, Phase
+from ftrain.core.page import NO_STEP, Collective, Field, Phase
 from ftrain.errors import Preempted, ProtocolError
 
+CAUSE_CHARS_MAX = 4000
 WAIT_SECONDS = 3600.0  # a wait is ended by the agent or by its death; this only bounds one sleep of it
+
+
+@dataclass(frozen=True, slots=True)
+class Armed:
+    """A snapshot that the agent asks for: in which slot, and whether to wait for its verdict afterwards."""
+
+    attempt: Attempt
+    slot: int
+    hold: bool
 
 
 class Link:
@@ -33,11 +44,13 @@ class Link:
         self.arena = Arena(boot.arena_fd)
         self._channel = socket.socket(fileno=boot.channel_fd)
         self._collectives = 0
+        self.page.store(Field.STEP, NO_STEP)
 
     def say(self, message: FromWorker) -> None:
         """Tell the agent. Metrics are dropped when it is behind; everything else waits."""
         flags = socket.MSG_DONTWAIT if isinstance(message, WorkerMetrics) else 0
-        with contextlib.suppress(BlockingIOError):
+        # Nobody hears us when the agent is gone; the kernel ends this process then, so there is nothing to do here.
+        with contextlib.suppress(BlockingIOError, ConnectionError):
             self._channel.send(msgspec.json.encode(message), flags)
 
     def enter(self, phase: Phase) -> None:
@@ -49,18 +62,26 @@ class Link:
         self.page.store(Field.COLLECTIVE_KIND, kind)
         self.page.store(Field.COLLECTIVE_SEQ, self._collectives)
 
-    def finished(self, step: int) -> int:
-        """Publish a boundary, then look whether it is armed, in this order. Returns the attempt or 0."""
-        page = self.page
+    def finished(self, step: int) -> Armed | None:
+        """Publish a boundary, then look whether it is armed: in this order (docs/protocol.md)."""
         self.enter(Phase.BOUNDARY)
-        page.store(Field.STEP, step)
-        return page.load(Field.ARMED_ATTEMPT) if page.load(Field.ARMED) == step else 0
+        self.page.store(Field.STEP, step)
+        return self.armed(step)
 
-    def armed(self, number: int) -> tuple[Attempt, int, bool]:
-        """The attempt to take part in, the slot to fill, and whether to wait for a verdict afterwards."""
+    def armed(self, step: int) -> Armed | None:
+        """The attempt that is armed for this very boundary, if there is one."""
         page = self.page
-        attempt = Attempt(self.boot.generation, page.load(Field.STEP), number)
-        return attempt, page.load(Field.ARMED_SLOT), bool(page.load(Field.ARMED_HOLD))
+        while page.load(Field.ARMED) == step:
+            number = page.load(Field.ARMED_ATTEMPT)
+            slot, hold = page.load(Field.ARMED_SLOT), bool(page.load(Field.ARMED_HOLD))
+            if page.load(Field.ARMED) == step and page.load(Field.ARMED_ATTEMPT) == number:
+                return Armed(Attempt(self.boot.generation, step, number), slot, hold)
+            # The attempt was taken back while we looked, and another may be armed by now.
+        return None
+
+    def is_armed(self, attempt: Attempt) -> bool:
+        """Whether the attempt is still wanted."""
+        return self.page.load(Field.ARMED) == attempt.step and self.page.load(Field.ARMED_ATTEMPT) == attempt.number
 
     def sealed(self, number: int, seconds: float) -> None:
         self.page.store(Field.STALL_NS, int(seconds * 1e9))
@@ -69,7 +90,7 @@ class Link:
 
     def not_sealed(self, number: int, cause: str) -> None:
         self.page.store(Field.FAILED_ATTEMPT, number)
-        self.say(local.WorkerSealFailed(number, cause))
+        self.say(local.WorkerSealFailed(number, cause[:CAUSE_CHARS_MAX]))
 
     def hold(self, number: int) -> None:
         """Wait for the agent's verdict. Raises `Preempted` when it is to leave."""
@@ -81,17 +102,17 @@ class Link:
         if verdict < 0:
             raise Preempted
 
-    def wait_armed(self, step: int, seen: int) -> int:
-        """At the last boundary: the next attempt that is armed for it, or 0 when the agent needs no more."""
+    def wait_armed(self, step: int, seen: int) -> Armed | None:
+        """At the last boundary: the next attempt that is armed for it, or None when the agent needs no more."""
         page = self.page
         while True:
             event = page.load(Field.EVENT)
             if page.load(Field.RELEASE):
-                return 0
+                return None
             self.enter(Phase.BOUNDARY)
-            number = page.load(Field.ARMED_ATTEMPT)
-            if page.load(Field.ARMED) == step and number > seen:
-                return number
+            armed = self.armed(step)
+            if armed is not None and armed.attempt.number > seen:
+                return armed
             self.enter(Phase.LAST)
             page.wait(Field.EVENT, event, WAIT_SECONDS)
 

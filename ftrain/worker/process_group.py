@@ -1,12 +1,15 @@
 """The `ftrain` backend: a process group that forwards to an ordinary one, and can be given another in its place.
 
 DDP, FSDP2, DTensor and `DeviceMesh` hold on to the group they were made with. This one keeps its identity while the
-group that does the work is swapped, so that they need not be built again when the membership changes.
+group that does the work is swapped, so that they need not be built again when the membership changes. docs/worker.md
+has what it cannot do.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
+import weakref
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -17,6 +20,7 @@ from torch.distributed import PrefixStore, ProcessGroup, ProcessGroupGloo, Store
 from torch.distributed.distributed_c10d import GroupName
 
 from ftrain.core.page import Collective
+from ftrain.errors import UsageError
 
 BACKEND = "ftrain"
 LOOPBACK_INTERFACE = "lo"
@@ -50,10 +54,27 @@ COLLECTIVES = {
     "send": Collective.SEND,
 }
 
+# The rest of what an ordinary group answers; the outer one has no backends of its own to ask.
+FORWARDED = (
+    "_backend_id",
+    "_end_coalescing",
+    "_get_backend",
+    "_get_sequence_number_for_group",
+    "_has_hooks",
+    "_register_on_completion_hook",
+    "_set_sequence_number_for_group",
+    "_start_coalescing",
+    "_wait_for_pending_works",
+    "get_group_store",
+    "rank",
+    "set_timeout",
+    "size",
+)
+
 Watcher = Callable[[Collective], None]
 
 
-def _forwarded(name: str, kind: Collective) -> Callable[..., Any]:
+def _counted(name: str, kind: Collective) -> Callable[..., Any]:
     def call(self: SwappableGroup, *args: Any, **kwargs: Any) -> Any:
         self.entered(kind)
         return getattr(self.inner, name)(*args, **kwargs)
@@ -62,31 +83,59 @@ def _forwarded(name: str, kind: Collective) -> Callable[..., Any]:
     return call
 
 
+def _forwarded(name: str) -> Callable[..., Any]:
+    def call(self: SwappableGroup, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.inner, name)(*args, **kwargs)
+
+    call.__name__ = name
+    return call
+
+
 class SwappableGroup(ProcessGroup):
-    """Forwards all collectives to `inner`, an ordinary ProcessGroup of the same rank and size."""
+    """Forwards all collectives to an inner, ordinary ProcessGroup of the same rank and size."""
 
     def __init__(self, inner: ProcessGroup, name: str, watcher: Watcher | None) -> None:
         super().__init__(inner.rank(), inner.size())  # type: ignore[call-arg]  # torch's stub lacks this overload
-        self.inner = inner
+        self._inner: ProcessGroup | None = inner
         self._name = name
+        self._description = "undefined"
         self._watcher = watcher
+        _live.add(self)
+
+    @property
+    def inner(self) -> ProcessGroup:
+        if self._inner is None:
+            raise RuntimeError(f"the process group {self._name!r} was destroyed")
+        return self._inner
+
+    def swap(self, inner: ProcessGroup) -> None:
+        """Forward to `inner` from now on. Nothing may be under way in the one before, which is let go."""
+        assert (inner.rank(), inner.size()) == (self.rank(), self.size()), "another rank or size is another group"
+        self._inner = inner
 
     def entered(self, kind: Collective) -> None:
         if self._watcher is not None:
             self._watcher(kind)
 
-    def swap(self, inner: ProcessGroup) -> None:
-        """Let another group do the work from the next collective on. It must have the same rank and size."""
-        if (inner.rank(), inner.size()) != (self.inner.rank(), self.inner.size()):
-            raise ValueError(
-                f"group {self._name} is rank {self.inner.rank()} of {self.inner.size()}, "
-                f"the one to swap in is rank {inner.rank()} of {inner.size()}"
-            )
-        self.inner = inner
+    def abort(self) -> None:
+        if self._inner is not None:
+            self._inner.abort()
 
-    # What torch asks the group itself; the inner one has a name of its own.
+    def shutdown(self) -> None:
+        """What `destroy_process_group` calls."""
+        if self._inner is not None:
+            self._inner.shutdown()
+            self._inner = None
 
-    def getBackendName(self) -> str:  # noqa: N802 (torch's name)
+    # torch asks under one name from Python and under another from C++.
+
+    def getBackendName(self) -> str:  # noqa: N802
+        return BACKEND
+
+    def _get_backend_name(self) -> str:
+        return BACKEND
+
+    def name(self) -> str:
         return BACKEND
 
     def getGroupName(self) -> str:  # noqa: N802
@@ -95,26 +144,40 @@ class SwappableGroup(ProcessGroup):
     def setGroupName(self, name: str) -> None:  # noqa: N802
         self._name = name
 
+    def _set_group_name(self, name: str) -> None:
+        self._name = name
+
     @property
     def group_name(self) -> GroupName:
         return GroupName(self._name)
 
-    def _set_group_name(self, name: str) -> None:
-        self._name = name
+    def getGroupDesc(self) -> str:  # noqa: N802
+        return self._description
 
-    def size(self) -> int:
-        return int(self.inner.size())
+    def setGroupDesc(self, description: str) -> None:  # noqa: N802
+        self._description = description
 
-    def rank(self) -> int:
-        return int(self.inner.rank())
+    def _set_group_desc(self, description: str) -> None:
+        self._description = description
 
-    def _get_backend(self, device: torch.device) -> Any:
-        return self.inner._get_backend(device)
+    @property
+    def group_desc(self) -> str:
+        return self._description
 
-    for _name, _kind in COLLECTIVES.items():
-        if hasattr(ProcessGroup, _name):  # older versions of torch lack the newest names
-            locals()[_name] = _forwarded(_name, _kind)
-    del _name, _kind
+    @property
+    def _device_types(self) -> list[torch.device]:
+        return self.inner._device_types
+
+    for _method, _kind in COLLECTIVES.items():
+        if hasattr(ProcessGroup, _method):  # older versions of torch lack the newest names
+            locals()[_method] = _counted(_method, _kind)
+    for _method in FORWARDED:
+        if hasattr(ProcessGroup, _method):
+            locals()[_method] = _forwarded(_method)
+    del _method, _kind
+
+
+_live: weakref.WeakSet[SwappableGroup] = weakref.WeakSet()
 
 
 def ordinary_group(store: Store, rank: int, size: int, timeout: timedelta, name: str, loopback: bool) -> ProcessGroup:
@@ -143,11 +206,27 @@ def ordinary_group(store: Store, rank: int, size: int, timeout: timedelta, name:
 def register(generation: int, loopback: bool, watcher: Watcher | None) -> None:
     """Make `ftrain` a backend of torch.distributed in this process. Groups meet under the generation's prefix."""
 
-    def create(options: Any, _: Any) -> SwappableGroup:
+    def create(options: Any, backend_options: Any) -> SwappableGroup:
+        if backend_options is not None:
+            raise UsageError("the ftrain backend takes no pg_options: leave them out")
         store = PrefixStore(f"generation-{generation}", options.store)
         rank, size, name = options.group_rank, options.group_size, options.group_id
         inner = ordinary_group(store, rank, size, options.timeout, name, loopback)
-        # Only the default group tells the page: sub-groups' collectives are part of the same steps.
         return SwappableGroup(inner, name, watcher)
 
     dist.Backend.register_backend(BACKEND, create, extended_api=True, devices=["cpu", "cuda"])
+
+
+def leave() -> None:
+    """Let this process end without waiting for a peer: one that died or is stuck would never answer.
+
+    The destructor of a gloo group joins threads that may be inside a collective, so the groups are kept from it: the
+    end of the process closes their sockets all the same. NCCL is told to abort, for its threads end only when told.
+    """
+    for group in list(_live):
+        inner = group._inner
+        if inner is None:
+            continue
+        if torch.device("cuda") in inner._device_types:
+            inner._get_backend(torch.device("cuda")).abort()
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(inner))

@@ -42,6 +42,15 @@ def diverge(rank: int) -> None:
         sys.modules["numpy"].random.seed(seed % (1 << 32))
 
 
+def of_generator(generator: torch.Generator) -> bytes:
+    """The state of one generator of the user's own."""
+    return _bytes(generator.get_state())
+
+
+def set_generator(generator: torch.Generator, state: bytes) -> None:
+    generator.set_state(_tensor(state))
+
+
 def _bytes(state: torch.Tensor) -> bytes:
     return state.cpu().numpy().tobytes()
 

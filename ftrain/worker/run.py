@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import math
 import os
 import sys
@@ -18,15 +17,16 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore
 
+from ftrain.checkpoint.items import TensorItem
 from ftrain.checkpoint.restore import Checkpoint
-from ftrain.checkpoint.snapshot import Snapshotter
 from ftrain.core import local
 from ftrain.core.page import Field, Phase
-from ftrain.errors import FtrainError, UsageError
+from ftrain.errors import UsageError
 from ftrain.storage import open_storage
 from ftrain.worker import process_group, random_state
 from ftrain.worker.data import Batches
-from ftrain.worker.link import Link, from_environment, leave_signals_to_agent
+from ftrain.worker.link import Armed, Link, from_environment, leave_signals_to_agent
+from ftrain.worker.snapshots import Snapshots
 from ftrain.worker.tracked import Tracked
 
 GROUP_TIMEOUT = timedelta(minutes=10)
@@ -69,7 +69,8 @@ class Run:
             link.say(local.WorkerJoined())
         elif self.rank == 0:
             print("ftrain: not started by `ftrain launch`: no checkpoints, no recovery", file=sys.stderr)
-        self._store = self._make_group()
+        store = self._make_group()
+        self._snapshots = Snapshots(link, store, self._capture) if link and link.boot.checkpoints else None
         self._tracked = Tracked()
         self._batches: list[Batches] = []
         self._steps: Steps | None = None
@@ -118,16 +119,10 @@ class Run:
     def link(self) -> Link | None:
         return self._link
 
-    def snapshotter(self) -> Snapshotter:
-        assert self._link is not None
-        boot = self._link.boot
-        return Snapshotter(self._link.arena, self.rank, self.world_size, self._exchange, boot.arena_bytes_max)
-
-    def capture(self) -> tuple[list[Any], dict[str, object]]:
-        """Everything tracked, at this boundary."""
-        part = self._tracked.collect()
-        positions = [batches.state() for batches in self._batches]
-        return part.items, {"tracked": part.plain, "random": random_state.capture(), "batches": positions}
+    @property
+    def snapshots(self) -> Snapshots | None:
+        """None where the run takes no checkpoints."""
+        return self._snapshots
 
     @property
     def must_rehearse(self) -> bool:
@@ -156,17 +151,23 @@ class Run:
             random_state.diverge(self.rank)
         return resume.attempt.step
 
+    def _capture(self) -> tuple[list[TensorItem], dict[str, object]]:
+        """Everything tracked, at this boundary."""
+        part = self._tracked.collect()
+        positions = [batches.state() for batches in self._batches]
+        return part.items, {"tracked": part.plain, "random": random_state.capture(), "batches": positions}
+
     def _make_group(self) -> Store:
         loopback = self._link.boot.loopback if self._link else False
         host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+        if self._link is None and self.world_size == 1:
+            loopback = True
         process_group.register(self.generation, loopback, self._link.collective if self._link else None)
         if self._link is None and self.world_size == 1:
             store: Store = dist.HashStore()
-            loopback = True
-            process_group.register(self.generation, loopback, None)
         elif self._link is None:
             dist.init_process_group(process_group.BACKEND, timeout=GROUP_TIMEOUT)
-            atexit.register(_leave_group)
+            atexit.register(process_group.leave)
             return dist.HashStore()
         else:
             if host is None or port is None:
@@ -179,15 +180,8 @@ class Run:
             world_size=self.world_size,
             timeout=GROUP_TIMEOUT,
         )
-        atexit.register(_leave_group)
-        self._exchanges = 0
+        atexit.register(process_group.leave)
         return PrefixStore(f"ftrain/exchange/{self.generation}", store)
-
-    def _exchange(self, own: bytes) -> list[bytes]:
-        """Give every rank what each gave, by rank, through the store: no tensors, no pickle."""
-        self._exchanges += 1
-        self._store.set(f"{self._exchanges}/{self.rank}", own)  # type: ignore[arg-type]  # bytes are taken as they are
-        return [bytes(self._store.get(f"{self._exchanges}/{rank}")) for rank in range(self.world_size)]
 
 
 class Steps:
@@ -201,8 +195,6 @@ class Steps:
         self._began = False  # the state is restored, the real steps have begun
         self._rehearsed = False
         self._open: Step | None = None
-        self._snapshotter: Snapshotter | None = None
-        self._planned: set[object] = set()
         self._attempt_seen = 0
         self._metrics: tuple[int, dict[str, Any]] | None = None
 
@@ -223,7 +215,7 @@ class Steps:
             raise StopIteration
         if self._link is not None:
             self._link.enter(Phase.STEP)
-        self._open = Step(self, self._done)
+        self._open = Step.of(self, self._done)
         return self._open
 
     def finish(self, step: Step) -> None:
@@ -236,9 +228,16 @@ class Steps:
         self._done += 1
         if self._link is None:
             return
-        number = self._link.finished(self._done)
-        if number > self._attempt_seen:
-            self._snapshot(number)
+        if self._run.snapshots is not None:
+            self._run.snapshots.prepare()
+        armed = self._link.finished(self._done)
+        if armed is not None:
+            self._snapshot(armed)
+
+    def give_up(self, step: Step) -> None:
+        """The step failed: it is not done. A script that goes on all the same gets it again."""
+        if self._open is step:
+            self._open = None
 
     def log(self, step: Step, values: dict[str, Any]) -> None:
         if not self._began:
@@ -259,7 +258,7 @@ class Steps:
         """
         assert self._link is not None and self._link.boot.resume is not None
         self._link.enter(Phase.RESTORING)
-        self._open = Step(self, self._link.boot.resume.attempt.step)
+        self._open = Step.of(self, self._link.boot.resume.attempt.step)
         return self._open
 
     def _begin(self) -> None:
@@ -273,26 +272,20 @@ class Steps:
         self._link.enter(Phase.STEP)
         self._link.say(local.WorkerLooping(self._done, self._total or 0, time.monotonic() - started))
 
-    def _snapshot(self, number: int) -> None:
+    def _snapshot(self, armed: Armed) -> None:
         """A snapshot that fails is not a failure of the training: the attempt is given up, the steps go on."""
-        assert self._link is not None
+        assert self._link is not None and self._run.snapshots is not None
+        number = armed.attempt.number
         self._attempt_seen = number
-        attempt, slot, hold = self._link.armed(number)
         self._link.enter(Phase.SNAPSHOT)
         started = time.monotonic()
         try:
-            items, plain = self._run.capture()
-            shared = {item.spec for item in items if not item.spec.private}
-            if self._snapshotter is None or shared != self._planned:
-                self._snapshotter = self._snapshotter or self._run.snapshotter()
-                self._snapshotter.plan(items, plain)
-                self._planned = shared
-            self._snapshotter.take(slot, attempt, items, plain)
-        except (FtrainError, OSError, RuntimeError) as error:
+            self._run.snapshots.take(armed)
+        except Exception as error:  # noqa: BLE001 - whatever a user's state_dict raises, too, becomes the attempt's cause
             self._link.not_sealed(number, f"{type(error).__name__}: {error}")
         else:
             self._link.sealed(number, time.monotonic() - started)
-        if hold:
+        if armed.hold:
             self._link.hold(number)
 
     def _end(self) -> None:
@@ -302,8 +295,8 @@ class Steps:
         self._send_metrics()
         if self._link.boot.checkpoints and self._done:
             self._link.say(local.WorkerAtEnd(self._done))
-            while number := self._link.wait_armed(self._done, self._attempt_seen):
-                self._snapshot(number)
+            while armed := self._link.wait_armed(self._done, self._attempt_seen):
+                self._snapshot(armed)
         self._link.enter(Phase.DONE)
 
     def _send_metrics(self) -> None:
@@ -315,23 +308,25 @@ class Steps:
             self._link.say(local.WorkerMetrics(step, {name: _number(value) for name, value in values.items()}))
 
 
-class Step:
-    """One step: use it as a context manager. `number` counts from 0."""
+class Step(int):
+    """One step: the number of steps before it, and a context manager."""
 
-    def __init__(self, steps: Steps, number: int) -> None:
-        self._steps = steps
-        self.number = number
+    _steps: Steps
 
-    def __index__(self) -> int:
-        return self.number
+    @classmethod
+    def of(cls, steps: Steps, number: int) -> Step:
+        step = cls(number)
+        step._steps = steps
+        return step
 
-    def __repr__(self) -> str:
-        return f"Step({self.number})"
+    @property
+    def number(self) -> int:
+        """Counts from 0 at the beginning of the run, not of this process."""
+        return int(self)
 
     def log(self, **values: float | torch.Tensor) -> None:
         """Report metrics: numbers, or tensors of one element, read a step later so as not to wait for the device."""
-        kept = {name: value.detach() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
-        self._steps.log(self, kept)
+        self._steps.log(self, {name: _kept(name, value) for name, value in values.items()})
 
     def __enter__(self) -> Self:
         return self
@@ -341,15 +336,24 @@ class Step:
     ) -> None:
         if kind is None:
             self._steps.finish(self)
+        else:
+            self._steps.give_up(self)
+
+
+def _kept(name: str, value: float | torch.Tensor) -> float | torch.Tensor:
+    """The value as it is now: a tensor on a device is read later, one in memory costs nothing to read."""
+    if isinstance(value, torch.Tensor):
+        if value.numel() != 1 or value.is_complex():
+            raise UsageError(f"step.log({name}=…): has {value.numel()} elements of {value.dtype}; give one real number")
+        return value.item() if value.device.type == "cpu" else value.detach().clone()
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise UsageError(
+            f"step.log({name}=…): a {type(value).__name__} is no number; give one, or a tensor of one"
+        ) from None
 
 
 def _number(value: float | torch.Tensor) -> float | str:
     number = float(value)
     return number if math.isfinite(number) else str(number)
-
-
-def _leave_group() -> None:
-    """At the end of the process; when a peer is gone already there is nothing left to say to it."""
-    if dist.is_initialized():
-        with contextlib.suppress(RuntimeError):
-            dist.destroy_process_group()

@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -63,6 +64,8 @@ class Tracked:
         if not name.isidentifier():
             raise UsageError(f"track({name!r}): a name has letters, digits and underscores only")
         if isinstance(found, nn.Module):
+            if any(isinstance(one, FullyShardedDataParallel) for one in found.modules()):
+                raise UsageError(f"track({name}=…): FullyShardedDataParallel is not supported; use fully_shard (FSDP2)")
             self._objects[name] = _Module(name, found)
         elif isinstance(found, Optimizer):
             self._objects[name] = _Optimizer(name, found, self)
@@ -219,6 +222,7 @@ class _Optimizer:
             for parameter in group["params"]:
                 name = names[id(parameter)]
                 if name not in plain["order"]:
+                    self._optimizer.state.pop(parameter, None)  # a rehearsed step may have made what was not there
                     continue
                 state = self._optimizer.state[parameter]
                 for key in plain["order"][name]:
@@ -290,7 +294,9 @@ class _Other:
         if isinstance(value, (list, tuple)):
             parts = [self._flatten(one, f"{path}.{place}", items) for place, one in enumerate(value)]
             return {"list" if isinstance(value, list) else "tuple": parts}
-        return {"value": _normal(value)}
+        leaf = _normal(value)
+        plain_data.encode(leaf, path)  # here the path is still the one that the user knows
+        return {"value": leaf}
 
 
 def _unflatten(node: Any, private: Mapping[str, TensorInfo], items: list[TensorItem]) -> Any:

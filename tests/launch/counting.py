@@ -1,7 +1,7 @@
-"""A training script for the cluster tests, whose state is the number of its steps: counting.py DIRECTORY STEPS SECONDS.
+"""Counts its steps for the cluster tests: counting.py DIRECTORY STEPS SECONDS LOADERS.
 
 A step of the first start takes SECONDS, so that there is time to interrupt it. Each start adds the first step that it
-did to starts.RANK, each step adds itself to steps.RANK.
+did to starts.RANK, each step adds itself to steps.RANK. LOADERS is how many processes load the data.
 """
 
 from __future__ import annotations
@@ -12,15 +12,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.utils.data import DataLoader, TensorDataset
 
 import ftrain
 
-directory, steps, seconds = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+directory, steps, seconds, loaders = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4])
 
 run = ftrain.join()
 rank, world_size = dist.get_rank(), dist.get_world_size()
 model = torch.nn.Linear(1, 1, bias=False)
 torch.nn.init.zeros_(model.weight)
+batches = run.batches(DataLoader(TensorDataset(torch.arange(float(steps))), num_workers=loaders))
 run.track(model=model)
 starts = directory / f"starts.{rank}"
 first_start = not starts.exists()
@@ -33,6 +35,7 @@ for step in run.steps(steps):
             with starts.open("a") as file:
                 file.write(f"{done}\n")
             begun = True
+        assert next(batches)[0].item() == done
         one = torch.ones(()) / world_size
         dist.all_reduce(one)
         with torch.no_grad():

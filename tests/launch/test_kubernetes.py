@@ -172,7 +172,7 @@ def test_pods_of_a_job_train_together_to_the_end(container: Document, tmp_path: 
     assert script == "train.py"
     pods = [
         subprocess.Popen(
-            [*container["command"], *args, COUNTING, tmp_path, "20", "0"],
+            [*container["command"], *args, COUNTING, tmp_path, "20", "0", "0"],
             env=variables | {"JOB_COMPLETION_INDEX": str(index), "SECRET": str(tmp_path / f"secret{index}")},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

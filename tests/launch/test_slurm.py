@@ -94,12 +94,10 @@ def test_preempted_job_saves_is_requeued_and_completes(slurm: SlurmCluster, subm
     assert "start 2, 2 nodes" in log
 
 
-def test_job_near_its_time_limit_saves_is_requeued_and_completes(
-    slurm: SlurmCluster, submit: Submit, tmp_path: Path
-) -> None:
-    number = submit("stay.py", options=("--time=1", "--signal=TERM@40"))
-    wait_for_both(slurm, tmp_path / "run", "saved")
+def test_job_near_its_time_limit_is_requeued_and_completes(slurm: SlurmCluster, submit: Submit, tmp_path: Path) -> None:
+    number = submit("stay.py", options=("--time=1", "--signal=URG@40"))
     assert slurm.wait_for_job(number, "COMPLETED").restarts == 1
+    assert "exit code 75, to be continued" in (tmp_path / "job.log").read_text()
 
 
 def test_job_that_was_requeued_too_often_ends_with_exit_code_75(
@@ -107,7 +105,7 @@ def test_job_that_was_requeued_too_often_ends_with_exit_code_75(
 ) -> None:
     number = submit("stay.py", REQUEUES_MAX="0")
     wait_for_both(slurm, tmp_path / "run", "ready")
-    slurm.command("scancel", "--signal=TERM", str(number))
+    slurm.command("scancel", "--signal=URG", str(number))
     job = slurm.wait_for_job(number, "FAILED")
     assert (job.exit_code, job.restarts) == (75, 0)
     assert "continue it by hand" in (tmp_path / "job.log").read_text()

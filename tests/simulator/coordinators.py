@@ -21,6 +21,7 @@ class Coordinator:
         self.alive = True
         self.paused_until = 0.0
         self.deferred: list[run_state.Event] = []
+        self.links: list[Link] = []
         self.peers: dict[str, Link] = {}
         self.state: run_state.State | None = None
         self.tick_at = float("inf")
@@ -136,6 +137,8 @@ class Coordinator:
         self.feed(run_state.Received(name, message))
 
     def link_closed(self, link: Link) -> None:
+        if link in self.links:
+            self.links.remove(link)
         if self.alive and self.peers.get(link.agent.name) is link:
             del self.peers[link.agent.name]
             self.feed(run_state.Disconnected(link.agent.name))
@@ -156,6 +159,6 @@ class Coordinator:
         self._close()
 
     def _close(self) -> None:
-        for link in list(self.peers.values()):
+        for link in list(self.links):
             link.close()
         self.world.coordinator_ended(self)

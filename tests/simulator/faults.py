@@ -62,7 +62,7 @@ def _pause_coordinator(world: World) -> bool:
     victim.paused_until = world.now + seconds
     world.after(seconds, victim.resume)
     if world.flip():
-        for link in list(victim.peers.values()):
+        for link in list(victim.links):
             link.close()
         world.after(world.uniform(0.0, 3.0), world.start_coordinator)
     return True

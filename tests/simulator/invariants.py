@@ -98,10 +98,10 @@ class Truth:
         self._whole(body)
 
     def _retire(self, attempt: m.Attempt) -> None:
-        # `history` has it left out already.
-        sound = [body for _, body in self.history.commits if body.attempt not in self.damaged]
-        if len(sound) < self.world.plan.policy.checkpoint.keep and attempt not in self.damaged:
-            raise Violation(f"{attempt} is retired: only {len(sound)} commits are left")
+        # `history` has it left out already. Of a damage that no restore has met yet the coordinator cannot know.
+        left = len(self.history.commits)
+        if left < self.world.plan.policy.checkpoint.keep:
+            raise Violation(f"{attempt} is retired: only {left} commits are left")
 
     def _whole(self, body: journal.CommitBody) -> None:
         """Exactly the packs of its world, each with its own content, and the manifest."""
@@ -240,6 +240,6 @@ class Truth:
         plan = self.world.plan
         if finish is None or finish.exit_code != 0 or not plan.joins:
             return
-        sound = [body.attempt.step for _, body in self.history.commits if body.attempt not in self.damaged]
-        if plan.total_steps and max(sound, default=0) != plan.total_steps and not self.may_end_unsaved:
-            raise Violation(f"the run ended well, but its newest commit is of step {max(sound, default=0)}")
+        newest = max((body.attempt.step for _, body in self.history.commits), default=0)
+        if plan.total_steps and newest != plan.total_steps and not self.may_end_unsaved:
+            raise Violation(f"the run ended well, but its newest commit is of step {newest}")

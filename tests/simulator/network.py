@@ -24,6 +24,7 @@ class Link:
         self.agent = agent
         self.coordinator = coordinator
         self.open = True
+        coordinator.links.append(self)
         self.arrives_up = 0.0
         self.arrives_down = 0.0
         self.blocked_until = {True: 0.0, False: 0.0}

@@ -1,0 +1,104 @@
+"""Takes this rank's snapshots, and sees to it that all ranks agree on who writes what.
+
+All ranks plan together at their first boundary, which every one of them reaches. From then on a snapshot waits for
+nobody. When what a rank tracks has changed since (an optimizer that got more state), its snapshot fails and it says so
+in the group's store; all ranks look there at the next attempt, which no rank can be at before this one was given up,
+and plan again. Only that one waits for the others, and no longer than the attempt is wanted: a rank may have passed its
+boundary before it was armed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+
+from torch.distributed import DistStoreError, Store
+
+from ftrain.checkpoint.items import TensorItem
+from ftrain.checkpoint.snapshot import Snapshotter
+from ftrain.errors import MismatchedState, Unavailable
+from ftrain.worker.link import Armed, Link
+
+PATIENCE_SECONDS = 10.0  # for other ranks at one boundary, beyond which the attempt fails and training goes on
+LOOK_SECONDS = 0.1  # how often a waiting rank looks whether the attempt is still wanted
+
+Capture = Callable[[], tuple[Sequence[TensorItem], dict[str, object]]]
+
+
+class Snapshots:
+    """One for each worker. `capture` gives everything tracked as it is now."""
+
+    def __init__(self, link: Link, store: Store, capture: Capture) -> None:
+        boot = link.boot
+        self._link = link
+        self._store = store
+        self._capture = capture
+        self._rank, self._world_size = boot.rank, boot.world_size
+        self._snapshotter = Snapshotter(link.arena, boot.rank, boot.world_size, self._exchange, boot.arena_bytes_max)
+        self._planned_at: int | None = None  # number of the attempt that was planned for, 0 for the first boundary
+        self._planning: Armed | None = None
+        self._rounds = 0
+
+    def prepare(self) -> None:
+        """At the first boundary: plan with all ranks, and reserve the arena. Waits for all of them.
+
+        Raises what stands in the way of every snapshot to come: `MismatchedState`, `OutOfMemory`, `NotPlainData`.
+        """
+        if self._planned_at is None:
+            self._plan(None)
+
+    def take(self, armed: Armed) -> None:
+        """Fill the slot that was armed, and seal it. Raises what kept it from that."""
+        number = armed.attempt.number
+        if self._is_replan_due(number):
+            try:
+                self._plan(armed)
+            except Exception:
+                self._ask_replan(number)
+                raise
+        items, plain = self._capture()
+        try:
+            self._snapshotter.take(armed.slot, armed.attempt, items, plain)
+        except MismatchedState:
+            self._ask_replan(number)
+            raise
+
+    def _plan(self, armed: Armed | None) -> None:
+        self._planning, self._rounds = armed, 0
+        items, plain = self._capture()
+        self._snapshotter.plan(items, plain)
+        self._planned_at = armed.attempt.number if armed else 0
+
+    def _ask_replan(self, number: int) -> None:
+        self._store.append(  # type: ignore[attr-defined]  # not in torch's stub
+            "replan", f"{number},"
+        )
+
+    def _is_replan_due(self, number: int) -> bool:
+        if not self._store.check(["replan"]):
+            return False
+        asked = [int(one) for one in self._store.get("replan").decode().split(",") if one]
+        assert self._planned_at is not None, "prepare comes before take"
+        # What is asked for during this very attempt is for the next: not all ranks would see it.
+        return any(self._planned_at <= one < number for one in asked)
+
+    def _exchange(self, own: bytes) -> list[bytes]:
+        """Give every rank what each gave, by rank, through the store: no tensors, no pickle."""
+        self._rounds += 1
+        number = self._planning.attempt.number if self._planning else 0
+        keys = [f"plan-{number}/{self._rounds}/{rank}" for rank in range(self._world_size)]
+        self._store.set(keys[self._rank], own)  # type: ignore[arg-type]  # bytes are taken as they are
+        if self._planning is not None:
+            self._wait(keys, self._planning)
+        return [bytes(self._store.get(key)) for key in keys]
+
+    def _wait(self, keys: list[str], armed: Armed) -> None:
+        for _ in range(round(PATIENCE_SECONDS / LOOK_SECONDS)):
+            try:
+                self._store.wait(keys, timedelta(seconds=LOOK_SECONDS))
+            except DistStoreError:
+                if self._link.is_armed(armed.attempt):
+                    continue
+                raise Unavailable(f"{armed.attempt} was given up while ranks were planning it") from None
+            return
+        raise Unavailable(f"not all ranks came to plan {armed.attempt} within {PATIENCE_SECONDS:.0f} seconds")

@@ -1,0 +1,72 @@
+"""Ranks that die, in any way and at any place: the run ends bit for bit where the unhurt run does."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.launching.harness import Cluster
+from tests.recovery.account import STEPS, Job, launch
+from tests.recovery.conftest import Reference
+from tests.recovery.training import INJURIES
+
+IN_STEPS = [
+    {"point": "step", "rank": 1, "step": 1, "how": "SIGKILL"},  # before the first commit
+    {"point": "step", "rank": 1, "step": 7, "how": "SIGKILL"},
+    {"point": "step", "rank": 0, "step": 10, "how": "raise"},
+    {"point": "step", "rank": 0, "step": 13, "how": "exit"},
+    {"point": "step", "rank": 1, "step": 19, "how": "SIGSEGV"},
+]
+IN_CHECKPOINTS = [
+    {"point": "before the copy", "rank": 1, "step": 3, "how": "SIGKILL"},
+    {"point": "in the copy", "rank": 0, "step": 6, "how": "SIGKILL"},
+    {"point": "after the copy", "rank": 1, "step": 9, "how": "SIGKILL"},
+    {"point": "before the seal", "rank": 0, "step": 12, "how": "SIGKILL"},
+    {"point": "after all seals", "rank": 1, "step": 15, "how": "SIGKILL"},
+]
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("injuries", [IN_STEPS, IN_CHECKPOINTS], ids=["in-steps", "in-checkpoints"])
+def test_hurt_run_ends_bit_for_bit_as_the_unhurt_one(
+    cluster: Cluster, unhurt: Reference, parallel: str, injuries: list[dict[str, object]]
+) -> None:
+    job = Job(cluster.path / "job")
+    launcher = launch(cluster, job, parallel, environment={INJURIES: json.dumps(injuries)})
+    assert launcher.wait() == 0, launcher.text
+    assert job.injuries() == len(injuries)
+    assert launcher.text.count("interrupted: rank") == len(injuries), launcher.text
+    reference = unhurt(parallel)
+    assert job.history() == reference.history()
+    assert job.end() == reference.end()
+    assert job.commits()[-1] == STEPS  # the last state is committed, whatever the period
+    assert len(job.checkpoints()) == 2  # --keep 2
+    assert cluster.nothing_left()
+    if injuries is IN_CHECKPOINTS:
+        # All ranks had sealed: the death of one of them does not lose the step.
+        last = job.journal("generation")[-1]["resumes"]["step"]
+        assert last >= 15
+        assert any(name.name.startswith("sealed-") and f"-{last}-" in name.name for name in job.out.iterdir())
+        assert min(step.number for step in job.steps() if step.generation == len(injuries) + 1) == last
+
+
+def test_same_error_again_without_a_commit_gives_up_with_its_traceback(cluster: Cluster) -> None:
+    twice = [{"point": "step", "rank": 1, "step": 7, "how": "raise"}] * 2
+    job = Job(cluster.path / "job")
+    launcher = launch(cluster, job, every=100, environment={INJURIES: json.dumps(twice)})
+    assert launcher.wait() == 1
+    lines = launcher.text.splitlines()
+    summary = next(number for number, line in enumerate(lines) if "giving up: the same error came back at step 7" in line)
+    assert lines[summary - 1] == "ValueError: hurt on purpose"
+    assert max(step.generation for step in job.steps()) == 2
+    assert job.commits() == []
+
+
+def test_same_error_after_a_new_commit_starts_again(cluster: Cluster, unhurt: Reference) -> None:
+    errors = [{"point": "step", "rank": 1, "step": step, "how": "raise"} for step in (7, 10, 13, 16, 19)]
+    job = Job(cluster.path / "job")
+    launcher = launch(cluster, job, environment={INJURIES: json.dumps(errors)})
+    assert launcher.wait() == 0, launcher.text
+    assert launcher.text.count("rank 1 raised ValueError: hurt on purpose") == len(errors)
+    assert job.end() == unhurt("ddp").end()

@@ -1,0 +1,90 @@
+"""SIGTERM and Ctrl-C: the last finished step is committed, the exit code says so, and the same command goes on."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from ftrain.errors import ExitCode
+from tests.launching.harness import Cluster, Launcher, wait_for
+from tests.recovery.account import STEPS, Job, launch
+from tests.recovery.conftest import Reference
+
+IMPORTING = """
+    import sys, time
+    print("importing")
+    if "slow" in sys.argv:
+        time.sleep(600)
+    import ftrain
+    run = ftrain.join()
+    for step in run.steps(2):
+        with step:
+            pass
+"""
+
+
+def stop(launcher: Launcher, job: Job, steps: int, number: signal.Signals) -> int:
+    """Send the signal when so many steps are done. Returns how many were in the end."""
+    wait_for(lambda: job.done() >= steps or launcher.process.poll() is not None, f"{steps} steps")
+    launcher.process.send_signal(number)
+    launcher.wait()
+    done = job.done()
+    assert job.done(rank=1) == done
+    return done
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_stopped_run_goes_on_without_a_step_lost_or_done_twice(
+    cluster: Cluster, unhurt: Reference, parallel: str
+) -> None:
+    job = Job(cluster.path / "job")
+    for steps, number, code in (
+        (5, signal.SIGTERM, ExitCode.PREEMPTED),
+        (11, signal.SIGINT, ExitCode.INTERRUPTED),
+        (17, signal.SIGTERM, ExitCode.PREEMPTED),
+    ):
+        launcher = launch(cluster, job, parallel, every="1h")
+        done = stop(launcher, job, steps, number)
+        assert launcher.process.returncode == code, launcher.text
+        assert job.commits()[-1] == done, launcher.text
+        assert cluster.nothing_left()
+    launcher = launch(cluster, job, parallel, every="1h")
+    assert launcher.wait() == 0, launcher.text
+    reference = unhurt(parallel)
+    assert job.end() == reference.end()
+    assert sorted((step.number, step.rank) for step in job.steps()) == [
+        (number, rank) for number in range(STEPS) for rank in (0, 1)
+    ]
+    assert job.history() == reference.history()
+
+
+def test_second_sigterm_to_a_run_that_has_no_step_to_end_leaves_at_once(cluster: Cluster) -> None:
+    job = Job(cluster.path / "job")
+    launcher = launch(cluster, job, more=("--pause", 600))
+    wait_for(lambda: "from the beginning" in launcher.text and (job.out / "steps-g0001-r0.jsonl").exists(), "the loop")
+    launcher.process.send_signal(signal.SIGTERM)
+    launcher.says("once more to stop at once")
+    launcher.process.send_signal(signal.SIGTERM)
+    assert launcher.wait() == ExitCode.PREEMPTED_UNSAVED
+    assert cluster.nothing_left()
+
+
+def test_sigterm_while_the_nursery_starts_leaves_with_75(cluster: Cluster) -> None:
+    launcher = cluster.launch(cluster.script(IMPORTING))
+    launcher.says("run directory")
+    wait_for(lambda: any("agent.nursery" in command for command in cluster.processes().values()), "the nursery")
+    launcher.process.send_signal(signal.SIGTERM)
+    assert launcher.wait() == ExitCode.PREEMPTED, launcher.text
+    assert "generation 1" not in launcher.text
+    assert cluster.nothing_left()
+
+
+def test_sigterm_while_the_script_of_a_run_with_commits_imports_leaves_with_75(cluster: Cluster) -> None:
+    script = cluster.script(IMPORTING)
+    assert cluster.launch("--run-dir", cluster.path / "run", script).wait() == 0
+    launcher = cluster.launch("--run-dir", cluster.path / "run", script, "slow")
+    launcher.says("importing")
+    launcher.process.send_signal(signal.SIGTERM)
+    assert launcher.wait() == ExitCode.PREEMPTED, launcher.text
+    assert cluster.nothing_left()

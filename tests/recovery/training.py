@@ -1,0 +1,196 @@
+"""A training that is small enough to be hurt often, and that accounts for every step it does.
+
+It has what a checkpoint must bring back: parameters, optimizer state, a schedule, BatchNorm's buffers, dropout and other
+random numbers, and shuffled data. Each rank writes a line for each step that it finishes (`steps-gGGGG-rR.jsonl`: step,
+sample numbers, a digest of the whole state), and at the end a digest of all that it holds (`end-rR.json`).
+
+FTRAIN_TEST_INJURIES, a list of {point, rank, step, how}, is what to do to itself, each once: `point` says where in that
+step, or where in the first snapshot that is taken at that step or later; `how` is a signal's name, "raise" or "exit".
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+import ftrain
+from ftrain.checkpoint import snapshot
+from ftrain.worker.link import Link
+
+SAMPLES, SAMPLES_PER_STEP, FEATURES, CLASSES = 180, 36, 8, 4
+INJURIES = "FTRAIN_TEST_INJURIES"
+
+
+class Injuries:
+    """Hurts this rank as it was told, each injury once in the life of the run."""
+
+    def __init__(self, out: Path, run: ftrain.Run) -> None:
+        self._mine = [
+            (number, injury)
+            for number, injury in enumerate(json.loads(os.environ.get(INJURIES, "[]")))
+            if injury["rank"] == run.rank
+        ]
+        self._out = out
+        self._run = run
+        self._snapshot_step = 0
+        self._watch_snapshots()
+
+    def at(self, point: str, step: int) -> None:
+        for number, injury in self._mine:
+            if injury["point"] == point and step >= injury["step"] and (point != "step" or step == injury["step"]):
+                try:
+                    (self._out / f"injury-{number}").touch(exist_ok=False)
+                except FileExistsError:
+                    continue
+                _suffer(injury["how"])
+
+    def _watch_snapshots(self) -> None:
+        take, stage, sealed = snapshot.Snapshotter.take, snapshot.stage, Link.sealed
+
+        def watched_take(this: Any, slot: int, attempt: Any, *arguments: Any) -> None:
+            self._snapshot_step = attempt.step
+            self.at("before the copy", attempt.step)
+            take(this, slot, attempt, *arguments)
+            self.at("before the seal", attempt.step)
+
+        def watched_stage(copies: Any, *arguments: Any) -> None:
+            half = len(copies) // 2
+            stage(copies[:half], *arguments)
+            self.at("in the copy", self._snapshot_step)
+            stage(copies[half:], *arguments)
+            self.at("after the copy", self._snapshot_step)
+
+        def watched_sealed(this: Any, *arguments: Any) -> None:
+            sealed(this, *arguments)
+            (self._out / f"sealed-g{self._run.generation}-{self._snapshot_step}-r{self._run.rank}").touch()
+            if any(injury["point"] == "after all seals" for _, injury in self._mine):
+                while len(list(self._out.glob(f"sealed-g{self._run.generation}-{self._snapshot_step}-r*"))) < (
+                    self._run.world_size
+                ):
+                    time.sleep(0.001)
+            self.at("after all seals", self._snapshot_step)
+
+        snapshot.Snapshotter.take = watched_take  # type: ignore[method-assign]
+        snapshot.stage = watched_stage
+        Link.sealed = watched_sealed  # type: ignore[method-assign]
+
+
+def _suffer(how: str) -> None:
+    if how == "raise":
+        raise ValueError("hurt on purpose")
+    if how == "exit":
+        os._exit(7)
+    os.kill(os.getpid(), signal.Signals[how])
+
+
+class Samples(Dataset[tuple[int, torch.Tensor, int]]):
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, index: int) -> tuple[int, torch.Tensor, int]:
+        return index, torch.sin(torch.arange(FEATURES) * (index + 1.0)), index % CLASSES
+
+
+class Network(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(FEATURES, width)
+        self.norm = nn.BatchNorm1d(width)
+        self.drop = nn.Dropout(0.2)
+        self.middle = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.last = nn.Linear(width, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.drop(self.norm(self.first(x)))
+        return self.last(x + self.middle(x))
+
+
+def digest(tensors: Iterable[torch.Tensor]) -> str:
+    found = hashlib.sha256()
+    for tensor in tensors:
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        found.update(whole.detach().contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """What all ranks have in common."""
+    return [
+        tensor for parameter in model.parameters() for tensor in (parameter, *optimizer.state[parameter].values())
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--parallel", choices=("ddp", "fsdp"), required=True)
+    parser.add_argument("--steps", type=int, default=0, help="0 is endless")
+    parser.add_argument("--width", type=int, default=16)
+    parser.add_argument("--pause", type=float, default=0.03, help="seconds in each step")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    run = ftrain.join()
+    injuries = Injuries(args.out, run)
+    torch.use_deterministic_algorithms(True)
+    torch.manual_seed(1)
+    model: nn.Module = Network(args.width)
+    if args.parallel == "fsdp":
+        fully_shard(model.middle)
+        fully_shard(model)
+    else:
+        model = DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 7)
+    torch.manual_seed(2 + run.rank)
+    random.seed(2 + run.rank)
+    sampler = DistributedSampler(Samples(), run.world_size, run.rank, seed=3)
+    batches = run.batches(DataLoader(Samples(), SAMPLES_PER_STEP // run.world_size, sampler=sampler, drop_last=True))
+    run.track(model=model, optimizer=optimizer, scheduler=scheduler)
+
+    account = (args.out / f"steps-g{run.generation:04d}-r{run.rank}.jsonl").open("a", buffering=1)
+    for step in run.steps(args.steps or None):
+        with step:
+            began = digest(state(model, optimizer))
+            indices, x, y = next(batches)
+            x = x + 0.01 * torch.randn_like(x) + 0.01 * random.random()
+            loss = nn.functional.cross_entropy(model(x), y)
+            loss.backward()
+            injuries.at("step", step.number)
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+            time.sleep(args.pause)
+            step.log(loss=loss)
+            ended = digest(state(model, optimizer))
+            line = {"step": step.number, "samples": indices.tolist(), "began": began, "ended": ended}
+            account.write(json.dumps(line) + "\n")
+
+    end = {
+        "state": digest(state(model, optimizer)),
+        "buffers": digest(model.buffers()),
+        "random": [random.random(), *torch.rand(2).tolist()],
+        "rates": scheduler.get_last_lr(),
+    }
+    (args.out / f"end-r{run.rank}.json").write_text(json.dumps(end))
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    main()
