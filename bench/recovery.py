@@ -59,7 +59,7 @@ class Recovery:
 
     def __str__(self) -> str:
         return (
-            f"{self.launcher}: new step after {self.new_step_seconds:.2f} s, any step after {self.first_step_seconds:.2f} s, "
+            f"{self.launcher}: new step {self.new_step_seconds:.2f} s after the kill, any {self.first_step_seconds:.2f} s, "
             f"{self.redone_steps} redone, a step takes {self.step_seconds:.2f} s"
         )
 

@@ -58,6 +58,8 @@ class Agent:
         self._stores: dict[int, int] = {}  # pid -> generation
         self._tasks: set[asyncio.Task[None]] = set()
         self._saver = Saver(storage, spec.topology.processes, self._saved)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self._post, node.Signalled(signal.Signals(number).name))
         self._nursery = self._new_nursery()
         self._heartbeat_seconds = 1.0
         self._last_refusal = ""
@@ -65,8 +67,6 @@ class Agent:
 
     async def run(self) -> node.Exit:
         _native.set_child_subreaper(True)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._loop.add_signal_handler(number, self._post, node.Signalled(signal.Signals(number).name))
         channel = self._spawn(self._client.run(self._hello, self._heard, self._channel_changed))
         self._spawn(self._beat())
         try:
@@ -147,6 +147,8 @@ class Agent:
         if worker is None:
             return
         exit = worker.ended(code, signum, self._worker_said)
+        if all(one.exit is not None or one.pid == pid for one in self._state.workers.values()):
+            self._nursery.sweep()  # what the generation's workers had detached from themselves ends with it
         self._post(node.WorkerExited(exit))
         self._spawn(worker.logs.drained(LOG_DRAIN_SECONDS))
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import re
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from ftrain.core.schedule import CheckpointPolicy
-from ftrain.errors import UsageError
+from ftrain.errors import Unavailable, UsageError
 
 DEFAULT_PORT = 29500  # torchrun's
+RESOLVE_SECONDS = 1.0
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -153,12 +155,21 @@ def is_local(host: str) -> bool:
     return False
 
 
-def own_address(host: str, port: int) -> str:
-    """The address by which the other nodes reach this one: the one from which `host` is reached."""
-    try:
-        info = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(info[0], info[1]) as probe:
-            probe.connect(info[4])
-            return str(probe.getsockname()[0])
-    except OSError as error:
-        raise UsageError(f"--rdzv-endpoint {host}: cannot be resolved or reached from here ({error})") from None
+def own_address(host: str, port: int, wait_seconds: float) -> str:
+    """The address by which the other nodes reach this one: the one from which `host` is reached.
+
+    On clusters a node's name may come up later than we do: it is tried again for `wait_seconds`. Raises `Unavailable`.
+    """
+    deadline = time.monotonic() + wait_seconds
+    while True:
+        try:
+            info = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+            with socket.socket(info[0], info[1]) as probe:
+                probe.connect(info[4])
+                return str(probe.getsockname()[0])
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                raise Unavailable(
+                    f"--rdzv-endpoint {host}: cannot be resolved or reached from here ({error})"
+                ) from None
+        time.sleep(RESOLVE_SECONDS)

@@ -6,12 +6,14 @@ import asyncio
 import json
 import logging
 import os
+import signal
 import socket
 import sys
 import time
 import uuid
 from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 
 from ftrain import __version__
 from ftrain.agent.agent import Agent
@@ -36,6 +38,7 @@ SECRET_NAME = "secret.pem"
 def run_job(spec: JobSpec) -> int:
     """Run this node; prints how it ended and returns the exit code."""
     set_up_logging(f"ftrain{'' if spec.topology.single else f' node {spec.topology.node_rank}'}")
+    signal.signal(signal.SIGTERM, _leave_before_start)  # until the agent has its own handler
     secret = _secret(spec)
     log.info("run directory %s", spec.run_dir)
     try:
@@ -43,6 +46,11 @@ def run_job(spec: JobSpec) -> int:
     except KeyboardInterrupt:
         return int(ExitCode.INTERRUPTED)
     return _conclude(exit, spec)
+
+
+def _leave_before_start(number: int, frame: FrameType | None) -> None:
+    del number, frame
+    raise SystemExit(int(ExitCode.PREEMPTED))
 
 
 def set_up_logging(name: str) -> None:
@@ -163,7 +171,9 @@ def _check_unused(run_dir: Path, port: int) -> None:
 
 def _hello(spec: JobSpec, address: str, port: int) -> m.Hello:
     topology = spec.topology
-    own = topology.local_address or ("127.0.0.1" if topology.loopback else options.own_address(address, port))
+    own = topology.local_address or (
+        "127.0.0.1" if topology.loopback else options.own_address(address, port, spec.wait_seconds)
+    )
     return m.Hello(
         node=uuid.uuid4().hex,
         node_rank=topology.node_rank,

@@ -217,6 +217,8 @@ def _resync(turn: Turn, node: str, report: m.Report) -> None:
             rounds.feed(turn, commit.WorkersLost(frozenset({exit.rank}), supervision.explain(node, exit).summary))
     if state.phase in (Phase.STOPPING, Phase.FORMING, Phase.PAUSING, Phase.SETTLING) and not report.stopped:
         _stop_node(turn, node, report.generation, "its generation is over")
+    if report.at_end and state.phase is Phase.RUNNING and any(exit.ok for _, exit in turn.state.exits.values()):
+        turn.send(node, m.Release(state.term, state.number))  # as others were: this node's own was lost
     barrier = turn.state.barrier
     if barrier is not None and barrier.stage is commit.Stage.PROPOSED and node not in barrier.accepted:
         turn.send(node, m.Arm(state.term, barrier.attempt, barrier.hold))

@@ -44,7 +44,8 @@ def _worth_waiting(turn: Turn) -> bool:
 def _stop_all(turn: Turn) -> None:
     state = turn.state
     ranks = [rank for node in state.members for rank in state.report(node).ranks]
-    joined = bool(ranks) and all(rank.joined for rank in ranks)
+    # A run that has committed before is of a script that joins, even if it has not come to that yet.
+    joined = bool(ranks) and (all(rank.joined for rank in ranks) or bool(state.history.commits))
     if joined and state.drain is not None and not any(state.report(node).looping for node in state.members):
         # Between its restore and its first step a run holds nothing that is not committed already.
         turn.set(drain=replace(state.drain, saved=True))

@@ -18,6 +18,7 @@ from ftrain.core.page import Phase
 from ftrain.errors import ExitCode
 
 SLOTS = 2
+SAME_NOTICE_SECONDS = 5.0  # batch systems send SIGTERM twice within seconds, and mean it once
 UNSAVED_MARGIN_SECONDS = 5.0  # a leaving node waits this much longer than its grace for the coordinator's word
 
 Pages = Mapping[int, tuple[int, int]]  # rank -> (steps finished, phase), read just now
@@ -47,6 +48,7 @@ class Snapshot:
     packs: tuple[m.PackRecord, ...] = ()
     failures: tuple[m.AttemptFailed, ...] = ()
     armed: bool = False
+    decided: bool = False  # holding workers have their verdict
 
 
 class State(msgspec.Struct, frozen=True):  # not a dataclass: it is replaced many times an event, and this one is quick
@@ -442,6 +444,8 @@ def _said(turn: _Turn, message: m.FromCoordinator) -> None:
                     turn.do(ReleasePages(_ranks(state)))
         case m.Verdict(attempt=attempt, leave=leave):
             if attempt.generation == state.generation:
+                if state.snapshot is not None and state.snapshot.attempt == attempt:
+                    turn.set(snapshot=replace(state.snapshot, decided=True))
                 turn.do(SetVerdict(attempt, leave, _ranks(state)))
         case m.Release(generation=generation):
             if generation == state.generation:
@@ -555,7 +559,7 @@ def _abort(turn: _Turn, attempt: m.Attempt) -> None:
         turn.do(DisarmPages(attempt, unsealed))
     if any(other == attempt for other, _ in turn.state.writing):
         turn.do(CancelPersist(attempt))
-    if snapshot.hold:
+    if snapshot.hold and not snapshot.decided:
         turn.do(SetVerdict(attempt, False, _ranks(turn.state)))
 
 
@@ -689,8 +693,13 @@ def _written(turn: _Turn, attempt: m.Attempt, rank: int) -> None:
 
 def _signalled(turn: _Turn, why: str) -> None:
     state = turn.state
+    noticed_at = state.notice_until - state.grace_seconds - UNSAVED_MARGIN_SECONDS
+    saving = any(worker.joined for worker in state.alive)
+    if why == state.notice == "SIGTERM" and saving and turn.now - noticed_at < SAME_NOTICE_SECONDS:
+        return
     if state.notice or not state.connected:
-        code = ExitCode.INTERRUPTED if why == "SIGINT" else ExitCode.PREEMPTED_UNSAVED
+        left = ExitCode.PREEMPTED_UNSAVED if state.workers else ExitCode.PREEMPTED
+        code = ExitCode.INTERRUPTED if why == "SIGINT" else left
         _leave_now(turn, code, f"stopped at once on {why}; the last commit stands")
         return
     until = turn.now + state.grace_seconds + UNSAVED_MARGIN_SECONDS

@@ -158,7 +158,7 @@ def _aborted(turn: Turn, barrier: Barrier) -> None:
     )
     turn.set(barrier=None, cadence=cadence)
     turn.to_members(m.Abort(state.term, barrier.attempt, barrier.cause))
-    if barrier.hold and barrier.accepted and state.generation is not None:
+    if barrier.hold and barrier.accepted != barrier.nodes:  # else they were told to leave, and that stands
         turn.to_members(m.Verdict(state.term, barrier.attempt, leave=False))
     turn.do(Discard(barrier.attempt))
     if not refused and state.phase is Phase.RUNNING:

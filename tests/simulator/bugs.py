@@ -3,20 +3,210 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+import msgspec
+
+from ftrain.core import commit, coordinator, journal, node, recovery, rounds, run_state
 
 if TYPE_CHECKING:
     from tests.simulator.world import World
 
 Prepare = Callable[["World"], None]
-BUGS: dict[str, Any] = {}
 
 
 @contextmanager
 def planted(name: str) -> Iterator[Prepare | None]:
     """With this bug in place; restores everything afterwards. What is yielded prepares each world."""
-    if not name:
-        yield None
-        return
-    raise NotImplementedError
+    with ExitStack() as stack:
+        prepare = BUGS[name](stack) if name else None
+        yield prepare
+
+
+def _fence_left_out(stack: ExitStack) -> None:
+    """The name is taken: it will be our own record, surely."""
+    real = journal._created
+
+    def created(state: Any, outcome: journal.Outcome, cause: str, now: float, wall: float) -> Any:
+        if outcome is journal.Outcome.EXISTS:
+            return journal._done(state, wall)
+        return real(state, outcome, cause, now, wall)
+
+    stack.enter_context(patch.object(journal, "_created", created))
+
+
+def _commit_before_the_last_prepare(stack: ExitStack) -> None:
+    def complete(state: commit.Barrier) -> commit.Result:
+        if state.stage is not commit.Stage.SEALED or len(state.prepared) < max(1, len(state.ranks) - 1):
+            return state, ()
+        return replace(state, stage=commit.Stage.PREPARED), (commit.Publish(),)
+
+    stack.enter_context(patch.object(commit, "_prepare_if_complete", complete))
+
+
+def _count_instead_of_names(stack: ExitStack) -> None:
+    """As many packs as ranks: two words of one rank will do."""
+
+    def complete(state: commit.Barrier) -> commit.Result:
+        if state.stage is not commit.Stage.SEALED or len(state.packs) < len(state.ranks):
+            return state, ()
+        return replace(state, stage=commit.Stage.PREPARED), (commit.Publish(),)
+
+    def prepare(state: commit.Barrier, event: commit.RankPrepared) -> commit.Result:
+        state = replace(state, packs=(*state.packs, event.pack), sealed=state.sealed | {event.pack.rank})
+        return commit._seal_if_complete(state) if state.stage is commit.Stage.ARMED else complete(state)
+
+    stack.enter_context(patch.object(commit, "_prepare_if_complete", complete))
+    stages = (commit.Stage.PROPOSED, commit.Stage.ARMED, commit.Stage.SEALED)
+    stack.enter_context(patch.dict(commit.TABLE, {(stage, commit.RankPrepared): prepare for stage in stages}))
+
+
+def _record_before_the_manifest(stack: ExitStack) -> None:
+    def complete(state: commit.Barrier) -> commit.Result:
+        if state.stage is not commit.Stage.SEALED or state.prepared != state.ranks:
+            return state, ()
+        return replace(state, stage=commit.Stage.RECORDING), (commit.Publish(), commit.WriteCommit())
+
+    stack.enter_context(patch.object(commit, "_prepare_if_complete", complete))
+
+
+def _abort_while_recording(stack: ExitStack) -> None:
+    """The workers are gone, so the attempt is: but its record may be in the journal."""
+    events = (commit.WorkersLost, commit.ArenasLost, commit.Expired)
+    entries = {(commit.Stage.RECORDING, event): commit._cause for event in events}
+    stack.enter_context(patch.dict(commit.TABLE, entries))
+
+
+def _unknown_treated_as_failed(stack: ExitStack) -> None:
+    """No reply to the commit record: give the attempt up."""
+    real = run_state.Turn.record
+
+    def record(turn: Any, event: journal.Event) -> Any:
+        appender = turn.state.appender
+        unknown = isinstance(event, journal.Created) and event.outcome is journal.Outcome.UNKNOWN
+        if unknown and appender.record is not None and isinstance(appender.record.body, journal.CommitBody):
+            idle = replace(appender, stage=journal.Stage.IDLE, record=None, data=b"", pending=appender.pending[1:])
+            turn.set(appender=idle, barrier=replace(turn.state.barrier, stage=commit.Stage.SEALED))
+            rounds.feed(turn, commit.Expired("its record could not be written"))
+            return ()
+        return real(turn, event)
+
+    stack.enter_context(patch.object(run_state.Turn, "record", record))
+
+
+def _stale_generation_accepted(stack: ExitStack) -> None:
+    """A word about this step is a word about this step."""
+    real = rounds.message
+
+    def message(turn: Any, node_name: str, event: Any) -> None:
+        barrier = turn.state.barrier
+        if barrier is not None and event.attempt.step == barrier.attempt.step:
+            event = msgspec.structs.replace(event, attempt=barrier.attempt)
+        real(turn, node_name, event)
+
+    stack.enter_context(patch.object(rounds, "message", message))
+
+
+def _attempt_outlives_its_generation(stack: ExitStack) -> None:
+    stack.enter_context(patch.object(rounds, "undecided", lambda _turn: False))
+
+
+def _stale_term_obeyed(stack: ExitStack) -> None:
+    real = node._said
+
+    def said(turn: Any, message: Any) -> None:
+        term = getattr(message, "term", None)
+        if term is not None and term < turn.state.term:
+            message = msgspec.structs.replace(message, term=turn.state.term)
+        real(turn, message)
+
+    stack.enter_context(patch.object(node, "_said", said))
+
+
+def _retire_before_commit(stack: ExitStack) -> None:
+    """Make room first."""
+    real = run_state.Turn.append
+
+    def append(turn: Any, body: journal.Body) -> None:
+        if isinstance(body, journal.CommitBody):
+            history = turn.state.history
+            coming = replace(history, commits=(*history.commits, (history.head.sequence + 1, body)))
+            for attempt in recovery.to_retire(coming, turn.state.policy.checkpoint.keep, turn.state.suspects):
+                real(turn, journal.RetireBody(attempt))
+        real(turn, body)
+
+    stack.enter_context(patch.object(run_state.Turn, "append", append))
+
+
+def _delete_before_retire(stack: ExitStack) -> None:
+    real = run_state.Turn.append
+
+    def append(turn: Any, body: journal.Body) -> None:
+        if isinstance(body, journal.RetireBody):
+            turn.do(run_state.Discard(body.attempt))
+        real(turn, body)
+
+    stack.enter_context(patch.object(run_state.Turn, "append", append))
+
+
+def _attempt_numbers_used_again(stack: ExitStack) -> None:
+    stack.enter_context(patch.object(coordinator, "ATTEMPTS_PER_TERM", 0))
+
+
+def _directory_not_synced(_: ExitStack) -> Prepare:
+    def prepare(world: World) -> None:
+        world.storage.sync_directory = False
+
+    return prepare
+
+
+def _parent_directory_not_synced(_: ExitStack) -> Prepare:
+    def prepare(world: World) -> None:
+        world.storage.sync_parent = False
+
+    return prepare
+
+
+def _read_back_not_synced(_: ExitStack) -> Prepare:
+    def prepare(world: World) -> None:
+        world.storage.sync_before_read = False
+
+    return prepare
+
+
+def _create_not_exclusive(_: ExitStack) -> Prepare:
+    def prepare(world: World) -> None:
+        world.storage.exclusive = False
+
+    return prepare
+
+
+def _sweep_before_the_term_is_ours(_: ExitStack) -> Prepare:
+    def prepare(world: World) -> None:
+        world.sweep_early = True
+
+    return prepare
+
+
+BUGS: dict[str, Callable[[ExitStack], Prepare | None]] = {
+    "fence-left-out": _fence_left_out,
+    "commit-before-the-last-prepare": _commit_before_the_last_prepare,
+    "unknown-treated-as-failed": _unknown_treated_as_failed,
+    "stale-generation-accepted": _stale_generation_accepted,
+    "directory-not-synced": _directory_not_synced,
+    "retire-before-commit": _retire_before_commit,
+    "count-instead-of-names": _count_instead_of_names,
+    "record-before-the-manifest": _record_before_the_manifest,
+    "abort-while-recording": _abort_while_recording,
+    "attempt-outlives-its-generation": _attempt_outlives_its_generation,
+    "stale-term-obeyed": _stale_term_obeyed,
+    "delete-before-retire": _delete_before_retire,
+    "attempt-numbers-used-again": _attempt_numbers_used_again,
+    "parent-directory-not-synced": _parent_directory_not_synced,
+    "read-back-not-synced": _read_back_not_synced,
+    "create-not-exclusive": _create_not_exclusive,
+    "sweep-before-the-term-is-ours": _sweep_before_the_term_is_ours,
+}

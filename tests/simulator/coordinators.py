@@ -47,6 +47,8 @@ class Coordinator:
         for path, data in self.world.storage.records():
             history = history.after(journal.decode(data, path), journal.digest(data))
         self.leftovers = self.world.truth.leftovers()
+        if self.world.sweep_early:
+            self._sweep(history)
         self.world.after(self.world.uniform(0.0, 0.2), self._begin, history)
 
     def _begin(self, history: History) -> None:
@@ -73,11 +75,16 @@ class Coordinator:
             if world.tracing and not isinstance(action, run_state.Send):
                 world.say(self.name, action, "  does")
             self._carry_out(action)
+        if not world.healed:
+            for action in actions:
+                world.did(_act(action))
+        if not self.alive:
+            return
         if self.over:
             self._close()
             return
         if self.state.term and not self.swept:
-            self._sweep()
+            self._sweep(self.state.history)
         for name, link in list(self.peers.items()):
             if name not in self.state.nodes:
                 link.close()
@@ -105,11 +112,10 @@ class Coordinator:
     def _published(self, attempt: m.Attempt, cause: str) -> None:
         self.feed(run_state.Published(attempt, "" if cause else "0" * 64, cause))
 
-    def _sweep(self) -> None:
-        """Delete what earlier coordinators left unfinished: only now that none of them can commit any more."""
-        assert self.state is not None
+    def _sweep(self, history: History) -> None:
+        """Delete what earlier coordinators left unfinished: only once none of them can commit any more."""
         self.swept = True
-        kept = {body.attempt for _, body in self.state.history.commits}
+        kept = {body.attempt for _, body in history.commits}
         for attempt in self.leftovers:
             if attempt not in kept:
                 self.world.storage.delete(attempt)
@@ -162,3 +168,15 @@ class Coordinator:
         for link in list(self.links):
             link.close()
         self.world.coordinator_ended(self)
+
+
+def _act(action: run_state.Action) -> str:
+    """What `Plan.aimed` calls this action, "" for what it does not aim at."""
+    match action:
+        case run_state.Send(_, message):
+            return type(message).__name__.lower()
+        case run_state.Publish():
+            return "publish"
+        case run_state.Store(journal.Create(path, data)):
+            return type(journal.decode(data, path).body).__name__.removesuffix("Body").lower()
+    return ""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftrain.core import journal, node, run_state
 from ftrain.core import messages as m
-from ftrain.errors import CorruptCheckpoint
+from ftrain.errors import CorruptCheckpoint, ExitCode
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -210,6 +210,11 @@ class Truth:
         alive = [worker.rank for worker in who.workers.values() if worker.alive]
         if alive:
             raise Violation(f"{who.name} ends though its ranks {alive} are alive")
+        left = [exit.step for exit in (known.exit for known in who.state.workers.values()) if exit and exit.code == ExitCode.PREEMPTED]
+        newest = max((body.attempt.step for _, body in self.history.commits), default=0)
+        assert who.exit is not None
+        if who.exit.code == ExitCode.PREEMPTED and max(left, default=0) > newest:
+            raise Violation(f"{who.name} says that step {max(left)} is saved, but the newest commit is of step {newest}")
 
     def worker_born(self, worker: Worker) -> None:
         start = worker.start

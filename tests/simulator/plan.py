@@ -33,6 +33,7 @@ KINDS = (
     "SIGTERM to all",
     "SIGINT",
 )
+MOMENTS = ("run", "generation", "prepare", "start", "arm", "verdict", "publish", "commit", "committed", "retire", "finish")
 WEIGHTS = (6, 3, 4, 5, 4, 2, 2, 3, 2, 2, 3, 3, 2, 1, 1, 1, 0.3)
 
 
@@ -68,6 +69,7 @@ class Plan:
     network: Network
     disk: Disk
     faults: tuple[tuple[int, str], ...]  # (number of the event before which it strikes, kind)
+    aimed: dict[tuple[str, int], str]  # (a coordinator's act, how many of them) -> kind that strikes right after it
     fault_events: int
     to_the_end: bool  # do not stop at the first new commit after the faults
 
@@ -75,7 +77,7 @@ class Plan:
 def calm(seed: int, nodes: int = 2, processes: int = 2, total_steps: int = 9, every_steps: int = 3) -> Plan:
     """A schedule in which nothing goes wrong."""
     policy = _policy(nodes, nodes, CheckpointPolicy(every_steps, 0.0, 2, 15.0))
-    return Plan(seed, nodes, 0, processes, total_steps, 0.4, True, policy, Network(), Disk(), (), 0, True)
+    return Plan(seed, nodes, 0, processes, total_steps, 0.4, True, policy, Network(), Disk(), (), {}, 0, True)
 
 
 def draw(seed: int) -> Plan:
@@ -98,6 +100,9 @@ def draw(seed: int) -> Plan:
     fault_events = rng.randint(*FAULT_EVENTS)
     count = rng.choice((0, 1, 1, 2, 2, 3, 4, 6))
     kinds = rng.choices(KINDS, WEIGHTS, k=count)
+    aimed = {}
+    if rng.random() < 0.4:
+        aimed[rng.choice(MOMENTS), rng.choice((1, 1, 1, 2, 2, 3))] = rng.choices(KINDS, WEIGHTS)[0]
     faults = tuple(sorted((rng.randint(5, fault_events), kind) for kind in kinds))
     return Plan(
         seed=seed,
@@ -111,6 +116,7 @@ def draw(seed: int) -> Plan:
         network=network,
         disk=disk,
         faults=faults,
+        aimed=aimed,
         fault_events=fault_events,
         to_the_end=rng.random() < 0.3,
     )

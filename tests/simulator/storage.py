@@ -58,8 +58,9 @@ class Storage:
             if outcome == "late":
                 self.world.after(self.world.uniform(0.1, 3.0), self._link, path, data, self.cuts, _nobody)
             return
-        silent = outcome == "silent"
-        self.world.after(self._delay(), self._link, path, data, self.cuts, _unknown(reply) if silent else reply)
+        if outcome == "silent":
+            reply = _unknown(reply)
+        self.world.after(self._delay(), self._link, path, data, self.cuts, reply)
 
     def _link(self, path: str, data: bytes, cuts: int, reply: Callable[[journal.Created], None]) -> None:
         if cuts != self.cuts:
@@ -71,6 +72,9 @@ class Storage:
             return
         records[path] = File(data, synced=True, entered=False)
         self.world.truth.landed(path, data)
+        if self.disk.unknown and self.world.random() < self.disk.unknown:  # the directory could not be synced
+            reply(journal.Created(path, journal.Outcome.UNKNOWN))
+            return
         self.world.after(self._delay(), self._linked, path, cuts, reply)
 
     def _linked(self, path: str, cuts: int, reply: Callable[[journal.Created], None]) -> None:

@@ -55,6 +55,7 @@ class World:
         self.counted: Counter[str] = Counter()
         self.network: Network = plan.network
         self.healed = False
+        self.sweep_early = False  # a planted bug of the coordinator's shell
         self.deadline = float("inf")
         self.baseline = 0
         self.unreachable: dict[int, float] = {}
@@ -63,6 +64,7 @@ class World:
         self._pid = 100
         self._lives = 0
         self._terms = 0
+        self._acts: Counter[str] = Counter()
         self._groups: dict[int, Group] = {}
         self._finished_at = float("inf")
         self.storage = Storage(self)
@@ -95,6 +97,14 @@ class World:
 
     def pick(self, items: Sequence[T]) -> T:
         return items[int(self.random() * len(items))]
+
+    def did(self, act: str) -> None:
+        """A coordinator did this: time for a fault that was aimed at it."""
+        if act:
+            self._acts[act] += 1
+            kind = self.plan.aimed.get((act, self._acts[act]))
+            if kind is not None:
+                faults.strike(self, kind)
 
     def count(self, what: str) -> None:
         self.counted[what] += 1

@@ -1,0 +1,58 @@
+"""When commits are made, and what happens when they cannot be."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ftrain.errors import ExitCode
+from tests.launching.harness import Cluster, wait_for
+from tests.recovery.account import Job, launch
+
+DISK_BYTES = 4 << 20
+
+
+def test_period_in_seconds_commits_while_the_run_goes_on_and_keeps_as_many_as_asked(cluster: Cluster) -> None:
+    job = Job(cluster.path / "job")
+    launcher = launch(cluster, job, every="1s", flags=("--keep", 3), steps=0, more=("--pause", 0.02))
+    wait_for(lambda: launcher.text.count(" committed (") >= 5, "five commits")
+    launcher.process.send_signal(signal.SIGTERM)
+    assert launcher.wait() == ExitCode.PREEMPTED, launcher.text
+    assert len(job.commits()) >= 6
+    assert [job.done_at(path) for path in job.checkpoints()] == job.commits()[-3:]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of a few megabytes of its own."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mount(b"none", str(path).encode(), b"tmpfs", 0, f"size={DISK_BYTES}".encode()) != 0:
+        pytest.skip(f"no file system can be mounted here: {os.strerror(ctypes.get_errno())}")
+    yield path
+    libc.umount2(str(path).encode(), 2)
+
+
+def test_full_disk_costs_commits_but_no_step_until_there_is_room_again(cluster: Cluster, small_disk: Path) -> None:
+    job = Job(small_disk)
+    launcher = launch(cluster, job, every=5, steps=0)
+    launcher.says(" committed (")
+    ballast = small_disk / "ballast"
+    with ballast.open("wb") as file, pytest.raises(OSError, match="No space"):
+        while True:
+            file.write(b"\0" * 4096)
+            file.flush()
+    launcher.says(" given up: ")
+    assert "No space left on device" in launcher.text
+    ballast.unlink()
+    committed = launcher.text.count(" committed (")
+    wait_for(lambda: launcher.text.count(" committed (") > committed, "the next commit")
+    launcher.process.send_signal(signal.SIGTERM)
+    assert launcher.wait() == ExitCode.PREEMPTED, launcher.text
+    assert "interrupted" not in launcher.text
