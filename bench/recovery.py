@@ -24,7 +24,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
@@ -32,7 +31,7 @@ SCRIPT = Path(__file__).parent / "scripts" / "small_gpt.py"
 FTRAIN = [sys.executable, "-m", "ftrain.cli.main"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 LAUNCHERS = ("torchrun", "ftrain")
-PATIENCE_SECONDS = 180.0
+PATIENCE_SECONDS = 90.0
 SETTLE_STEPS = 7  # before a kill: more than one checkpoint interval of undisturbed steps
 
 
@@ -49,7 +48,6 @@ class Finished:
 class Recovery:
     """One kill, in seconds after it."""
 
-    launcher: str
     first_step_seconds: float  # every rank has finished some step
     new_step_seconds: float  # every rank has finished a step that nobody had finished before
     redone_steps: int
@@ -59,9 +57,13 @@ class Recovery:
 
     def __str__(self) -> str:
         return (
-            f"{self.launcher}: new step {self.new_step_seconds:.2f} s after the kill, any {self.first_step_seconds:.2f} s, "
+            f"new step {self.new_step_seconds:.2f} s after the kill, any step {self.first_step_seconds:.2f} s, "
             f"{self.redone_steps} redone, a step takes {self.step_seconds:.2f} s"
         )
+
+
+class NotBackError(Exception):
+    """The run made no new step within `PATIENCE_SECONDS` of a kill."""
 
 
 @dataclass
@@ -131,17 +133,16 @@ class Job:
         return [Finished(float(at), int(step), int(pid)) for at, step, pid in words]
 
     def wait(self, condition: Callable[[], bool], what: str) -> None:
+        """Raises `NotBackError` where that takes too long or a launcher ends, with the ends of what they printed."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         while not condition():
-            if any(node.poll() is not None for node in self.nodes):
-                self._fail(f"a launcher ended before {what}")
-            if time.monotonic() > deadline:
-                self._fail(f"waited {PATIENCE_SECONDS:.0f} s in vain for {what}")
+            ended = any(node.poll() is not None for node in self.nodes)
+            if ended or time.monotonic() > deadline:
+                outputs = sorted(self.path.glob("output-*.txt"))
+                tails = "\n".join(path.read_text(errors="replace")[-1500:] for path in outputs)
+                why = "a launcher ended before" if ended else f"waited {PATIENCE_SECONDS:.0f} s in vain for"
+                raise NotBackError(f"{why} {what}; the ends of the output:\n{tails}")
             time.sleep(0.005)
-
-    def _fail(self, text: str) -> NoReturn:
-        tails = "\n".join(path.read_text(errors="replace")[-2000:] for path in sorted(self.path.glob("output-*.txt")))
-        raise SystemExit(f"{self.launcher}: {text}; the ends of its output:\n{tails}")
 
     def kill_last_rank(self, phase: int) -> Recovery:
         """Kill the last rank once `phase` steps are done since a checkpoint; wait until every rank got further."""
@@ -163,7 +164,6 @@ class Job:
         self.wait(lambda: all(first_beyond(furthest)), f"a step beyond {furthest} after the kill")
         again = first_beyond(-1)
         return Recovery(
-            launcher=self.launcher,
             first_step_seconds=max(done[0].at for done in again) - killed_at,
             new_step_seconds=max(done[0].at for done in first_beyond(furthest)) - killed_at,
             redone_steps=furthest + 1 - again[-1][0].step,
@@ -209,53 +209,51 @@ def _kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def measure(args: argparse.Namespace, directory: Path) -> list[Recovery]:
-    """Runs of torchrun and of ftrain in turn, `kills` in each, until each has had `repeats`."""
-    found: list[Recovery] = []
-    starts = range(0, args.repeats, args.kills)
-    for first in starts:
+def measure(args: argparse.Namespace, directory: Path) -> dict[str, list[Recovery]]:
+    """Runs of torchrun and of ftrain in turn, up to `kills` in each, until each has had `repeats`."""
+    found: dict[str, list[Recovery]] = {launcher: [] for launcher in LAUNCHERS}
+    for first in range(0, args.repeats, args.kills):
         for launcher in LAUNCHERS:
             job = Job(launcher, directory / f"{launcher}-{first}", args)
             try:
                 job.start()
                 for kill in range(first, min(first + args.kills, args.repeats)):
                     recovery = job.kill_last_rank(phase=kill % args.checkpoint_every)
-                    print(f"{recovery} (load {os.getloadavg()[0]:.1f})", flush=True)
-                    found.append(recovery)
+                    print(f"{launcher}: {recovery} (load {os.getloadavg()[0]:.1f})", flush=True)
+                    found[launcher].append(recovery)
+            except NotBackError as error:
+                print(f"{launcher}: {error}", flush=True)
             finally:
                 job.stop()
     return found
 
 
-def table(found: list[Recovery], args: argparse.Namespace) -> str:
+def table(found: dict[str, list[Recovery]], args: argparse.Namespace) -> str:
     """Markdown: a row for each launcher, and what share of torchrun's time ftrain takes."""
     rows = [
-        "| nodes x ranks | launcher | kill to new step on all ranks | kill to any step on all | redone | step |",
-        "|---|---|---|---|---|---|",
+        "| nodes x ranks | launcher | kills | kill to new step on all ranks | kill to any step on all | redone | step |",
+        "|---|---|---|---|---|---|---|",
     ]
-    medians = {}
-    for launcher in LAUNCHERS:
-        own = [recovery for recovery in found if recovery.launcher == launcher]
-        medians[launcher] = statistics.median(recovery.new_step_seconds for recovery in own)
+    for launcher, own in found.items():
         columns = (
             f"{args.nodes} x {args.ranks}",
             launcher,
+            f"{len(own)} of {args.repeats}",
             spread([recovery.new_step_seconds for recovery in own]),
             spread([recovery.first_step_seconds for recovery in own]),
-            f"{statistics.median(recovery.redone_steps for recovery in own):g}",
+            f"{statistics.mean(recovery.redone_steps for recovery in own):.1f}",
             f"{statistics.median(recovery.step_seconds for recovery in own):.2f} s",
         )
         rows.append(f"| {' | '.join(columns)} |")
-    own = [recovery for recovery in found if recovery.launcher == "ftrain"]
-    noticed = spread([recovery.noticed_seconds for recovery in own if recovery.noticed_seconds is not None])
-    looping = spread([recovery.looping_seconds for recovery in own if recovery.looping_seconds is not None])
-    share = medians["ftrain"] / medians["torchrun"]
+    noticed = [one.noticed_seconds for one in found["ftrain"] if one.noticed_seconds is not None]
+    looping = [one.looping_seconds for one in found["ftrain"] if one.looping_seconds is not None]
+    theirs, ours = (statistics.median(one.new_step_seconds for one in found[launcher]) for launcher in LAUNCHERS)
     return "\n".join(
         [
             *rows,
             "",
-            f"ftrain takes {share:.3f} of torchrun's time, that is 1/{1 / share:.1f}, over {args.repeats} kills each.",
-            f"ftrain after the kill: failure named {noticed}; all ranks back in their loop {looping}.",
+            f"To the next new step ftrain takes {ours / theirs:.3f} of torchrun's time, one {theirs / ours:.1f}th.",
+            f"ftrain after the kill: failure named {spread(noticed)}; all ranks back in their loop {spread(looping)}.",
         ]
     )
 
@@ -285,6 +283,8 @@ def main() -> None:
     print(f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {machine}, load {os.getloadavg()[0]:.1f}")
     with tempfile.TemporaryDirectory(prefix="ftrain-bench-") as directory:
         found = measure(args, Path(directory))
+    if not all(found.values()):
+        sys.exit("a launcher never came back after a kill: nothing to compare")
     print(table(found, args))
 
 

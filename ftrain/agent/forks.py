@@ -45,7 +45,7 @@ class Nursery:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         ours.setblocking(False)
-        preload = msgspec.json.encode(nursery.Preload(tuple(modules))).decode()
+        preload = msgspec.json.encode(nursery.Preload(os.getpid(), tuple(modules))).decode()
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "ftrain.agent.nursery", str(theirs.fileno()), preload],

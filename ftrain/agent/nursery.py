@@ -67,8 +67,9 @@ class Ended(msgspec.Struct, frozen=True, tag="ended"):
 
 
 class Preload(msgspec.Struct, frozen=True):
-    """What to import before the first fork, in order."""
+    """What to import before the first fork, in order, and whose nursery this is."""
 
+    agent: int  # pid
     modules: tuple[str, ...] = ()
     left_out: dict[str, str] = {}
 
@@ -193,7 +194,7 @@ def _preload(preload: Preload) -> dict[str, str]:
         if proc.threads() > before:
             left_out[name] = "its import starts threads"
             # The threads cannot be taken back: begin again without this module.
-            again = msgspec.json.encode(Preload(preload.modules, left_out)).decode()
+            again = msgspec.json.encode(Preload(preload.agent, preload.modules, left_out)).decode()
             os.execv(sys.executable, [sys.executable, "-m", "ftrain.agent.nursery", sys.argv[1], again])
     return left_out
 
@@ -206,7 +207,12 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # who signals the whole group gets an answer from the agent
     started = time.monotonic()
+    # Nothing is below us yet, so this is enough; later the end of the socket tells, because more has to be done then.
+    _native.set_parent_death_signal(signal.SIGKILL)
+    if os.getppid() != preload.agent:
+        return  # it was dead before its death could reach us
     left_out = _preload(preload)
+    _native.set_parent_death_signal(0)
     os.set_inheritable(agent.fileno(), False)
     gc.collect()
     gc.freeze()  # shared pages stay shared: the collector must not write into them

@@ -206,6 +206,8 @@ def _resync(turn: Turn, node: str, report: m.Report) -> None:
             _stop_node(turn, node, report.generation, "its generation is over")
         elif state.phase is Phase.RUNNING and member is not None:
             _start_node(turn, member)
+        elif state.phase is Phase.STOPPING and member is not None:
+            _stop_node(turn, node, state.number, "its generation is over")  # not its own: one that it must not start any more
         elif state.phase is Phase.STARTING and member is not None and member.group_rank == 0 and state.store is None:
             turn.send(node, m.Prepare(state.term, state.number))
         return

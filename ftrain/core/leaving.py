@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ftrain.core import commit, journal, rounds
 from ftrain.core import messages as m
-from ftrain.core.run_state import Drain, Phase, Turn
+from ftrain.core.run_state import Drain, Phase, State, Turn
 from ftrain.errors import ExitCode
 
 CLOSE_SECONDS = 10.0
@@ -30,6 +30,7 @@ def notice(turn: Turn, node: str, why: str, grace_seconds: float) -> None:
     barrier = state.barrier
     if barrier is not None and not barrier.hold and barrier.stage in (commit.Stage.PROPOSED, commit.Stage.ARMED):
         rounds.feed(turn, commit.Expired("the run is leaving: its last step is saved instead"))
+        turn.set(cadence=replace(turn.state.cadence, retry_at=turn.now))  # that was no failure to rest from
     if state.phase in (Phase.OPENING, Phase.ADOPTING, Phase.FORMING, Phase.PAUSING):
         drained(turn)
     elif state.phase is Phase.RUNNING and not _worth_waiting(turn):
@@ -45,7 +46,7 @@ def _stop_all(turn: Turn) -> None:
     state = turn.state
     ranks = [rank for node in state.members for rank in state.report(node).ranks]
     # A run that has committed before is of a script that joins, even if it has not come to that yet.
-    joined = bool(ranks) and (all(rank.joined for rank in ranks) or bool(state.history.commits))
+    joined = bool(state.history.commits) or (bool(ranks) and all(rank.joined for rank in ranks))
     if joined and state.drain is not None and not any(state.report(node).looping for node in state.members):
         # Between its restore and its first step a run holds nothing that is not committed already.
         turn.set(drain=replace(state.drain, saved=True))
@@ -73,7 +74,7 @@ def drained(turn: Turn) -> None:
     drain = state.drain
     assert drain is not None
     nothing_ran = state.phase in (Phase.OPENING, Phase.ADOPTING, Phase.FORMING, Phase.STARTING, Phase.PAUSING)
-    saved = drain.saved or nothing_ran
+    saved = drain.saved or (nothing_ran and _nothing_lost(state))
     if drain.why == "SIGINT":
         text = "interrupted; the last finished step is committed" if saved else "interrupted; the last commit stands"
         close(turn, ExitCode.INTERRUPTED, text)
@@ -89,6 +90,13 @@ def drained(turn: Turn) -> None:
     turn.set(drain=None, waiting_since=turn.now, exits={})
     turn.set(nodes={name: node for name, node in state.nodes.items() if name not in drain.nodes})
     turn.enter(Phase.FORMING)
+
+
+def _nothing_lost(state: State) -> bool:
+    """No rank of the last generation is known to have finished a step that is not committed."""
+    ended = [exit.step for name in state.members for exit in state.report(name).exits]
+    committed = state.history.commits[-1][1].attempt.step if state.history.commits else 0
+    return max([state.furthest, *ended]) <= committed
 
 
 def close(turn: Turn, code: int, summary: str) -> None:

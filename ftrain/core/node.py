@@ -496,7 +496,7 @@ def _stop(turn: _Turn, generation: int, grace: float) -> None:
     state = turn.state
     if generation < state.generation:
         return
-    if generation > state.generation:
+    if generation > state.generation and not state.alive:
         # Its Start never came, and must not be obeyed any more.
         turn.set(generation=generation, start=None, workers={}, snapshot=None, stopping=True)
     elif not state.stopping:

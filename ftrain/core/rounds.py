@@ -24,21 +24,23 @@ def propose(turn: Turn) -> None:
         return
     reports = [state.report(node) for node in state.members]
     total = reports[0].total_steps
-    if drain is not None:
-        if drain.decided:
-            return
-        step, hold = state.furthest + state.cadence.lookahead, True
-        if total and step >= total:
-            step, hold = total, False
-    elif all(report.at_end for report in reports):
+    done = bool(total and state.history.commits) and state.history.commits[-1][1].attempt.step == total
+    if all(report.at_end for report in reports):
         step, hold = total, False
-        done = bool(state.history.commits) and state.history.commits[-1][1].attempt.step == step
         if done or state.cadence.failures >= LAST_TRIES:
             if not done:
                 turn.log(f"the last state, of step {step}, could not be committed", "error")
             turn.to_members(m.Release(state.term, generation.number))
             turn.set(cadence=replace(state.cadence, retry_at=turn.now + state.policy.heartbeat_seconds))
             return
+    elif drain is not None:
+        if drain.decided:
+            return
+        step, hold = state.furthest + state.cadence.lookahead, True
+        if total and step >= total:
+            if done:
+                return  # its workers are on their way out
+            step, hold = total, False
     else:
         if state.policy.checkpoint.off or turn.now < state.cadence.due:
             return

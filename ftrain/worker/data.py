@@ -109,13 +109,17 @@ class Batches:
         else:
             self._rng = random_state.capture()
             self._own_rng = self._now()
-        for sampler in (getattr(self._loader, name, None) for name in ("sampler", "batch_sampler")):
-            if sampler is not None and hasattr(sampler, "set_epoch"):
+        for sampler in self._samplers():
+            if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(self._epoch)
         if self._own_state is not None:
             self._loader.load_state_dict(_with_tensors(self._own_state))  # type: ignore[attr-defined]
             return iter(self._loader)
         if not self._skip and not self._samples:
+            if getattr(self._loader, "_iterator", None) is not None:
+                # A DataLoader whose processes last draws a base seed for them in its first epoch only. Drawn in each,
+                # an epoch is the same whether or not it is the first of its process.
+                torch.empty((), dtype=torch.int64).random_(generator=getattr(self._loader, "generator", None))
             return iter(self._loader)
         if isinstance(self._loader, DataLoader) and not isinstance(self._loader.dataset, IterableDataset):
             return self._resumed(self._loader)
@@ -133,8 +137,9 @@ class Batches:
         later = copy.copy(loader)
         if type(loader.batch_sampler) is BatchSampler:
             # By samples, for the batch size or the world size may be another one.
-            rest = _Later(loader.sampler, self._samples // self._world_size)
-            self._set(later, "batch_sampler", BatchSampler(rest, loader.batch_sampler.batch_size, loader.drop_last))
+            batched = loader.batch_sampler
+            rest = _Later(batched.sampler, self._samples // self._world_size)
+            self._set(later, "batch_sampler", BatchSampler(rest, batched.batch_size, batched.drop_last))
         elif loader.batch_sampler is not None:
             rest = _Later(loader.batch_sampler, self._skip)
             self._set(later, "batch_sampler", rest)
@@ -154,15 +159,22 @@ class Batches:
 
     def _generators(self) -> list[torch.Generator]:
         """The loader's own generators, each once."""
-        holders = (self._loader, getattr(self._loader, "sampler", None))
-        found = [getattr(holder, "generator", None) for holder in holders]
+        found = [getattr(holder, "generator", None) for holder in (self._loader, *self._samplers())]
         return list({id(one): one for one in found if isinstance(one, torch.Generator)}.values())
+
+    def _samplers(self) -> list[object]:
+        """The loader's samplers, where it has any: a batch sampler has another inside."""
+        batched = getattr(self._loader, "batch_sampler", None)
+        found = [getattr(self._loader, "sampler", None), batched, getattr(batched, "sampler", None)]
+        return list({id(one): one for one in found if one is not None}.values())
 
     def _now(self) -> list[bytes]:
         return [random_state.of_generator(generator) for generator in self._generators()]
 
     def _samples_per_batch(self) -> int:
-        return (getattr(self._loader, "batch_size", None) or 1) * self._world_size
+        batched = getattr(self._loader, "batch_sampler", None)
+        holder = batched if type(batched) is BatchSampler else self._loader
+        return (getattr(holder, "batch_size", None) or 1) * self._world_size
 
 
 _NOTHING = object()

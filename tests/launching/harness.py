@@ -103,7 +103,8 @@ class Cluster:
         return found
 
     def nothing_left(self) -> bool:
-        wait_for(lambda: not self.processes(), f"the end of {self.processes()}", 15)
+        # Looked at twice: in the moment of its exec a process shows no environment.
+        wait_for(lambda: not (self.processes() or self.processes()), f"the end of {self.processes()}", 15)
         return True
 
     def close(self) -> None:

@@ -26,7 +26,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stopped]:
     def copy(parallel: str, path: Path) -> Job:
         if parallel not in known:
             job = Job(cluster.path / parallel)
-            launcher = launch(cluster, job, parallel)
+            launcher = launch(cluster, job, parallel, more=("--pause", 0.1))
             done = stop(launcher, job, 10, signal.SIGTERM)
             assert launcher.process.returncode == ExitCode.PREEMPTED, launcher.text
             assert job.commits()[-1] == done

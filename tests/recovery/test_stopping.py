@@ -44,7 +44,7 @@ def test_stopped_run_goes_on_without_a_step_lost_or_done_twice(
         (11, signal.SIGINT, ExitCode.INTERRUPTED),
         (17, signal.SIGTERM, ExitCode.PREEMPTED),
     ):
-        launcher = launch(cluster, job, parallel, every="1h")
+        launcher = launch(cluster, job, parallel, every="1h", more=("--pause", 0.1))
         done = stop(launcher, job, steps, number)
         assert launcher.process.returncode == code, launcher.text
         assert job.commits()[-1] == done, launcher.text
