@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+import psutil
 import torch
 
 SCRIPT = Path(__file__).parent / "scripts" / "small_gpt.py"
@@ -32,6 +33,7 @@ FTRAIN = [sys.executable, "-m", "ftrain.cli.main"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 LAUNCHERS = ("torchrun", "ftrain")
 PATIENCE_SECONDS = 90.0
+CALM_PERCENT = 30.0
 SETTLE_STEPS = 7  # before a kill: more than one checkpoint interval of undisturbed steps
 
 
@@ -214,6 +216,7 @@ def measure(args: argparse.Namespace, directory: Path) -> dict[str, list[Recover
     found: dict[str, list[Recovery]] = {launcher: [] for launcher in LAUNCHERS}
     for first in range(0, args.repeats, args.kills):
         for launcher in LAUNCHERS:
+            wait_for_calm(args.calm)
             job = Job(launcher, directory / f"{launcher}-{first}", args)
             try:
                 job.start()
@@ -228,10 +231,17 @@ def measure(args: argparse.Namespace, directory: Path) -> dict[str, list[Recover
     return found
 
 
+def wait_for_calm(seconds_max: float) -> None:
+    """Until the processors were mostly idle for two seconds, but no longer than `seconds_max`."""
+    deadline = time.monotonic() + seconds_max
+    while time.monotonic() < deadline and psutil.cpu_percent(interval=2) > CALM_PERCENT:
+        pass
+
+
 def table(found: dict[str, list[Recovery]], args: argparse.Namespace) -> str:
     """Markdown: a row for each launcher, and what share of torchrun's time ftrain takes."""
     rows = [
-        "| nodes x ranks | launcher | kills | kill to new step on all ranks | kill to any step on all | redone | step |",
+        "| nodes x ranks | launcher | kills | kill to new step on all | kill to any step on all | redone | step |",
         "|---|---|---|---|---|---|---|",
     ]
     for launcher, own in found.items():
@@ -270,6 +280,9 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=1, help="on each node")
     parser.add_argument("--repeats", type=int, default=5, help="kills under each launcher")
     parser.add_argument("--kills", type=int, default=2, help="of them in one run, before the launchers take turns")
+    parser.add_argument(
+        "--calm", type=float, default=0.0, help="wait so many seconds for others to leave the machine idle"
+    )
     parser.add_argument("--checkpoint-every", type=int, default=5, help="steps")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--width", type=int, default=512)

@@ -209,7 +209,7 @@ def compare(parallel: str, root: Path, steps: int) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--parallel", choices=("ddp", "fsdp", "both"), default="both")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=50)
     args = parser.parse_args()
     kinds = ("ddp", "fsdp") if args.parallel == "both" else (args.parallel,)
     with tempfile.TemporaryDirectory(prefix="ftrain-demo-") as root:

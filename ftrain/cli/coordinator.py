@@ -43,7 +43,7 @@ def coordinator(
     """Serve one run until it is over."""
     set_up_logging("ftrain coordinator")
     low, high = options.nodes(nnodes)
-    lease_seconds = options.seconds(lease, "--lease")
+    lease_seconds = options.some_seconds(lease, "--lease")
     policy = RunPolicy(
         run_id=rdzv_id,
         version=__version__,

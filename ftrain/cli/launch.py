@@ -134,7 +134,7 @@ def launch(
         checkpoint=options.checkpoints(checkpoint_every, keep),
         grace_seconds=options.seconds(grace, "--grace"),
         wait_seconds=wait,
-        lease_seconds=options.seconds(lease, "--lease"),
+        lease_seconds=options.some_seconds(lease, "--lease"),
         last_call_seconds=options.seconds(conf.get("last_call_timeout", "5"), "--rdzv-conf last_call_timeout"),
         stop_grace_seconds=shutdown_timeout,
     )
@@ -191,7 +191,7 @@ def _topology(
 def _run_dir(asked: Path | None, topology: Topology, program: Program) -> Path:
     if asked is None and not topology.single:
         raise UsageError("several nodes need --run-dir DIR, the same on each, on storage that all of them see")
-    if asked is not None and "://" in str(asked):
+    if asked is not None and re.match(r"[a-z0-9]+:/", str(asked)):  # a Path has one slash of an address's two
         raise UsageError(f"--run-dir {asked}: only directories are supported")
     if asked is None:
         stem = re.sub(r"[^A-Za-z0-9_.-]", "_", Path(program.target).stem)

@@ -71,6 +71,14 @@ def seconds(text: str, flag: str) -> float:
     return float(match[1]) * _UNITS[match[2] or "s"]
 
 
+def some_seconds(text: str, flag: str) -> float:
+    """As `seconds`, but not none at all."""
+    found = seconds(text, flag)
+    if found <= 0:
+        raise UsageError(f"{flag} {text}: the time must be longer than that")
+    return found
+
+
 def checkpoints(every: str, keep: int) -> CheckpointPolicy:
     """`100` (steps), `30s`, `5m`, `1h`, or `off`."""
     if keep < 1:
@@ -80,7 +88,7 @@ def checkpoints(every: str, keep: int) -> CheckpointPolicy:
     if every.isdigit():
         return CheckpointPolicy(every_steps=int(every), every_seconds=0.0, keep=keep)
     if re.fullmatch(r"\d+(?:\.\d+)?[smh]", every):
-        return CheckpointPolicy(every_steps=0, every_seconds=seconds(every, "--checkpoint-every"), keep=keep)
+        return CheckpointPolicy(every_steps=0, every_seconds=some_seconds(every, "--checkpoint-every"), keep=keep)
     raise UsageError(f"--checkpoint-every {every}: give a number of steps (100), a time (30s, 5m), or off")
 
 

@@ -1,8 +1,9 @@
 """One attempt to checkpoint one step, as the coordinator sees it: propose, arm, seal, prepare, commit or abort.
 
-Safety rests on three rules, each of which the simulator tries to break: an attempt commits only when every rank *named* at
-its proposal has prepared (never a count); the manifest is durable before the journal record that makes it a commit; and from
-the moment that record is being written nothing can abort the attempt any more, because it may already stand.
+Safety rests on three rules, each of which the simulator tries to break: an attempt commits only when every rank
+*named* at its proposal has prepared (never a count); the manifest is durable before the journal record that makes it
+a commit; and from the moment that record is being written nothing can abort the attempt any more, because it may
+already stand.
 """
 
 from __future__ import annotations
@@ -177,6 +178,7 @@ def step(state: Barrier, event: Event) -> Result:
 
 
 def _ignore(state: Barrier, event: Event) -> Result:
+    del event  # it says nothing new here
     return state, ()
 
 
@@ -248,6 +250,7 @@ def _cause(state: Barrier, event: PublishFailed | Expired) -> Result:
 
 
 def _recorded(state: Barrier, event: Recorded) -> Result:
+    del event
     return replace(state, stage=Stage.COMMITTED), (AnnounceCommit(),)
 
 

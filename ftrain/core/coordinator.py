@@ -1,13 +1,13 @@
 """Everything that the coordinator decides, as one pure state machine.
 
-`step(state, event, now)` takes what happened and returns the new state and what to do about it. The service around it owns
-sockets, storage and the clock; the simulator is another such service. What deserves a page of its own is next door: who is
-here (`membership`), what a failure means (`supervision`), checkpoint attempts (`rounds`, `commit`, `schedule`), the one
-history (`journal`), what to start from (`recovery`).
+`step(state, event, now)` takes what happened and returns the new state and what to do about it. The service around it
+owns sockets, storage and the clock; the simulator is another such service. What deserves a page of its own is next
+door: who is here (`membership`), what a failure means (`supervision`), checkpoint attempts (`rounds`, `commit`,
+`schedule`), the one history (`journal`), what to start from (`recovery`).
 
-Rules that hold throughout: nothing is decided before this coordinator's `run` record is in the journal (its sequence number is
-the coordinator's *term*); a generation is in the journal before any of its workers starts; and once the journal says that
-somebody else continued the history, this coordinator sends nothing more.
+Rules that hold throughout: nothing is decided before this coordinator's `run` record is in the journal (its sequence
+number is the coordinator's *term*); a generation is in the journal before any of its workers starts; and once the
+journal says that somebody else continued the history, this coordinator sends nothing more.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from dataclasses import replace
 
 import msgspec
 
-from ftrain.core import commit, journal, leaving, membership, recovery, rounds, supervision
+from ftrain.core import commit, journal, leaving, membership, reception, recovery, rounds, supervision
 from ftrain.core import messages as m
 from ftrain.core.journal import History
-from ftrain.core.membership import Generation, Member, Node
+from ftrain.core.membership import Generation, Member
 from ftrain.core.run_state import (
     Action,
     Begin,
@@ -28,7 +28,6 @@ from ftrain.core.run_state import (
     Event,
     Interrupted,
     Log,
-    Measured,
     Phase,
     Published,
     Received,
@@ -63,9 +62,9 @@ def step(state: State, event: Event, now: float, wall: float = 0.0) -> tuple[Sta
         case Begin():
             turn.append(journal.RunBody(state.policy.run_id, state.job_sha256, state.policy.version))
         case Received(node, message):
-            _received(turn, node, message)
+            reception.received(turn, node, message)
         case Disconnected(node):
-            _disconnected(turn, node)
+            reception.disconnected(turn, node)
         case Stored(reply):
             for record in turn.record(reply):
                 _recorded(turn, record)
@@ -91,204 +90,6 @@ def wake_at(state: State, now: float) -> float:
     if state.drain is not None:
         times.append(state.drain.deadline)
     return min((time for time in times if time > now), default=float("inf"))
-
-
-# ------------------------------------------------------------------------------------------------------------ messages
-
-
-def _received(turn: Turn, name: str, message: m.FromAgent) -> None:
-    if isinstance(message, m.Hello):
-        _hello(turn, message)
-        return
-    node = turn.state.nodes.get(name)
-    if node is None:
-        return  # declined, replaced or lost: whatever it says comes too late
-    lease = turn.state.policy.lease_seconds
-    turn.set(nodes={**turn.state.nodes, name: membership.renewed(node, turn.now, lease)})
-    match message:
-        case m.Heartbeat(report=report) | m.Changed(report=report):
-            _report(turn, name, report)
-        case m.StoreReady(generation, address, port):
-            if turn.state.phase is Phase.STARTING and generation == turn.state.number:
-                turn.set(store=(address, port))
-        case m.ArmReply() | m.Sealed() | m.Prepared() | m.AttemptFailed():
-            rounds.message(turn, name, message)
-        case m.Notice(why, grace_seconds):
-            leaving.notice(turn, name, why, grace_seconds)
-        case m.Metrics():
-            turn.do(Measured(message))
-        case m.Goodbye(why):
-            _lose(turn, name, f"node {_place(turn, name)} left: {why}")
-
-
-def _hello(turn: Turn, hello: m.Hello) -> None:
-    state = turn.state
-    refusal = _refusal(state, hello)
-    if refusal is not None:
-        node = Node(hello, turn.now, turn.now)
-        turn.set(nodes={**state.nodes, hello.node: node})
-        turn.send(hello.node, refusal)
-        turn.set(nodes=state.nodes)
-        turn.log(f"node on {hello.host} was not taken: {refusal.reason}", "warning")
-        return
-    predecessor = membership.replaces(hello, state.nodes.values())
-    if predecessor is not None and not predecessor.connected:
-        _lose(turn, predecessor.name, f"node {hello.node_rank} was replaced by a new launcher on {hello.host}")
-    known = turn.state.nodes.get(hello.node)
-    joined_at = known.joined_at if known else turn.now
-    node = Node(hello, joined_at, turn.now + state.policy.lease_seconds)
-    turn.set(
-        nodes={**turn.state.nodes, hello.node: node},
-        reports={**turn.state.reports, hello.node: _newer(turn.state.reports.get(hello.node), hello.report)},
-        job_sha256=state.job_sha256 or hello.job_sha256,
-    )
-    if state.phase is Phase.ADOPTING and state.generation is not None:
-        for member in state.generation.members:
-            if member.node_rank >= 0 and member.node_rank == hello.node_rank and member.node != hello.node:
-                turn.set(gone=turn.state.gone | {member.node})
-    if state.term:
-        _welcome(turn, hello.node)
-        if predecessor is not None and predecessor.connected:
-            # Two launchers by mistake, or a machine that vanished without a word: its lease will tell.
-            holder = predecessor.hello
-            text = f"node rank {hello.node_rank} is held by process {holder.pid} on {holder.host}; waiting for that to end"
-            turn.send(hello.node, m.Tell(text))
-
-
-def _newer(known: m.Report | None, report: m.Report) -> m.Report:
-    return report if known is None or report.version >= known.version else known
-
-
-def _refusal(state: State, hello: m.Hello) -> m.Declined | None:
-    policy = state.policy
-    if hello.version != policy.version:
-        return m.Declined(
-            f"this node runs ftrain {hello.version}, the coordinator {policy.version}; install the same version on all nodes",
-            ExitCode.USAGE,
-        )
-    if hello.run_id != policy.run_id:
-        return m.Declined(
-            f"the coordinator at this endpoint serves run {policy.run_id!r}, not {hello.run_id!r}; check --rdzv-id and --rdzv-endpoint",
-            ExitCode.USAGE,
-        )
-    if state.job_sha256 and hello.job_sha256 != state.job_sha256:
-        return m.Declined(
-            "this node was given another script, other arguments or another topology than the first node; use the same command line",
-            ExitCode.USAGE,
-        )
-    if state.phase in (Phase.CLOSING, Phase.LEAVING):
-        return m.Declined(f"the run is over: {state.summary.splitlines()[0] if state.summary else 'finished'}", ExitCode.UNAVAILABLE)
-    return None
-
-
-def _welcome(turn: Turn, node: str) -> None:
-    policy = turn.state.policy
-    turn.send(node, m.Welcome(policy.run_id, turn.state.term, policy.lease_seconds, policy.heartbeat_seconds))
-    _resync(turn, node, turn.state.reports[node])
-
-
-def _report(turn: Turn, node: str, report: m.Report) -> None:
-    known = turn.state.reports.get(node)
-    if known is not None and report.version < known.version:
-        return
-    turn.set(reports={**turn.state.reports, node: report})
-    if turn.state.term:
-        _resync(turn, node, report)
-
-
-def _resync(turn: Turn, node: str, report: m.Report) -> None:
-    """Tell a node again what it must have missed, and take in what its report says of the present generation."""
-    state = turn.state
-    generation = state.generation
-    member = generation.member(node) if generation is not None else None
-    if generation is None or report.generation != generation.number:
-        if report.generation and not report.stopped:
-            _stop_node(turn, node, report.generation, "its generation is over")
-        elif state.phase is Phase.RUNNING and member is not None:
-            _start_node(turn, member)
-        elif state.phase is Phase.STOPPING and member is not None:
-            _stop_node(turn, node, state.number, "its generation is over")  # not its own: one that it must not start any more
-        elif state.phase is Phase.STARTING and member is not None and member.group_rank == 0 and state.store is None:
-            turn.send(node, m.Prepare(state.term, state.number))
-        return
-    if member is None:
-        return
-    for exit in report.exits:
-        if exit.rank in member.ranks and exit.rank not in turn.state.exits:
-            turn.set(exits={**turn.state.exits, exit.rank: (node, exit)})
-            rounds.feed(turn, commit.WorkersLost(frozenset({exit.rank}), supervision.explain(node, exit).summary))
-    if state.phase in (Phase.STOPPING, Phase.FORMING, Phase.PAUSING, Phase.SETTLING) and not report.stopped:
-        _stop_node(turn, node, report.generation, "its generation is over")
-    if report.at_end and state.phase is Phase.RUNNING and any(exit.ok for _, exit in turn.state.exits.values()):
-        turn.send(node, m.Release(state.term, state.number))  # as others were: this node's own was lost
-    barrier = turn.state.barrier
-    if barrier is not None and barrier.stage is commit.Stage.PROPOSED and node not in barrier.accepted:
-        turn.send(node, m.Arm(state.term, barrier.attempt, barrier.hold))
-
-
-def _stop_node(turn: Turn, node: str, generation: int, why: str) -> None:
-    state = turn.state
-    turn.send(node, m.Stop(state.term, generation, why, state.policy.stop_grace_seconds))
-
-
-def _start_node(turn: Turn, member: Member) -> None:
-    state = turn.state
-    generation, store = state.generation, state.store
-    if generation is None or store is None:
-        return  # an adopted generation: its members run already, or it is given up
-    turn.send(
-        member.node,
-        m.Start(
-            state.term,
-            generation.number,
-            member.group_rank,
-            len(generation.members),
-            member.first_rank,
-            generation.world_size,
-            generation.members[0].node,
-            store[0],
-            store[1],
-            state.budget.restarts,
-            state.policy.restart.max_restarts or 0,
-            state.resume,
-        ),
-    )
-
-
-def _disconnected(turn: Turn, name: str) -> None:
-    node = turn.state.nodes.get(name)
-    if node is None:
-        return
-    if name in turn.state.members and turn.state.phase not in (Phase.LEAVING, Phase.CLOSING):
-        turn.set(nodes={**turn.state.nodes, name: replace(node, connected=False)})
-        if membership.successor(node, turn.state.nodes.values()) is not None:
-            _lose(turn, name, f"node {node.hello.node_rank} was replaced by a new launcher")
-    else:
-        _forget(turn, name)
-
-
-def _forget(turn: Turn, name: str) -> None:
-    turn.set(nodes={key: node for key, node in turn.state.nodes.items() if key != name})
-
-
-def _lose(turn: Turn, name: str, why: str) -> None:
-    """A node is gone, with its workers and its arenas."""
-    state = turn.state
-    _forget(turn, name)
-    member = state.generation.member(name) if state.generation is not None else None
-    if member is None:
-        return
-    turn.set(gone=state.gone | {name})
-    rounds.feed(turn, commit.ArenasLost(frozenset(member.ranks), why))
-    if state.failure is None and state.phase in (Phase.RUNNING, Phase.STARTING, Phase.STOPPING) and state.drain is None:
-        turn.set(failure=Failure(FailureClass.NODE, name, why))
-
-
-def _place(turn: Turn, name: str) -> str:
-    member = turn.state.generation.member(name) if turn.state.generation is not None else None
-    node = turn.state.nodes.get(name)
-    host = f" ({node.hello.host})" if node is not None else ""
-    return f"{member.group_rank if member else '?'}{host}"
 
 
 # -------------------------------------------------------------------------------------------------- storage and time
@@ -327,10 +128,11 @@ def _take_over(turn: Turn) -> None:
         turn.set(generation=Generation(last.generation, members), recorded=True)
         turn.enter(Phase.ADOPTING, turn.now + state.policy.lease_seconds)
         ranks = {member.node_rank: member.node for member in members if member.node_rank >= 0}
-        gone = {ranks[n.hello.node_rank] for n in state.nodes.values() if ranks.get(n.hello.node_rank, n.name) != n.name}
+        present = [(node.hello.node_rank, node.name) for node in state.nodes.values()]
+        gone = {ranks[rank] for rank, name in present if ranks.get(rank, name) != name}
         turn.set(gone=frozenset(gone))
     for node in state.nodes:
-        _welcome(turn, node)
+        reception.welcome(turn, node)
 
 
 def _published(turn: Turn, attempt: m.Attempt, manifest_sha256: str, cause: str) -> None:
@@ -344,8 +146,8 @@ def _expire(turn: Turn) -> None:
     """Leases and deadlines that have run out by now."""
     for name, node in tuple(turn.state.nodes.items()):
         if turn.now >= node.lease_until:
-            lease = turn.state.policy.lease_seconds
-            _lose(turn, name, f"node {_place(turn, name)} was silent for {lease:.0f} s: its lease ran out")
+            where, lease = reception.place(turn, name), turn.state.policy.lease_seconds
+            reception.lose(turn, name, f"node {where} was silent for {lease:.0f} s: its lease ran out")
     barrier = turn.state.barrier
     if barrier is not None and turn.now >= barrier.deadline:
         missing = ", ".join(str(rank) for rank in sorted(barrier.missing)[:8])
@@ -406,13 +208,14 @@ def _adopt(turn: Turn) -> None:
             (recovery.resume_from(seq, body) for seq, body in state.history.commits if body.attempt == last.resumes),
             None,
         )
-        # A former coordinator may have proposed numbers that no node has seen, and may still want to delete their files.
+        # A former coordinator may have proposed numbers that no node has seen, and may still want to delete their
+        # files.
         attempts = max(state.term * ATTEMPTS_PER_TERM, *(report.attempt_seen for report in reports))
         turn.set(attempts=attempts, resume=resume, cadence=Cadence(due=turn.now))
         turn.log(f"generation {generation.number} is still running on all nodes: carrying on with it")
         turn.enter(Phase.RUNNING)
         for node in state.members:
-            _resync(turn, node, state.report(node))
+            reception.resync(turn, node, state.report(node))
     elif state.gone or turn.now >= state.until:
         turn.set(gone=state.gone | (generation.nodes - set(state.nodes)))
         if any(report.ranks or report.exits for report in reports):
@@ -452,7 +255,9 @@ def _begin(turn: Turn, generation: Generation) -> None:
     state = turn.state
     resume = recovery.recovery_line(state.history, state.suspects)
     if resume is None and state.suspects:
-        leaving.close(turn, ExitCode.STORAGE, "every commit of this run is damaged; nothing was deleted. `ftrain status` names them")
+        leaving.close(
+            turn, ExitCode.STORAGE, "every commit of this run is damaged; nothing was deleted, mend or remove it"
+        )
         return
     turn.set(
         generation=generation,
@@ -475,7 +280,9 @@ def _begin(turn: Turn, generation: Generation) -> None:
     )
     why = state.failure.summary if state.failure else ""
     turn.append(
-        journal.GenerationBody(generation.number, generation.world_size, members, resume.attempt if resume else None, why)
+        journal.GenerationBody(
+            generation.number, generation.world_size, members, resume.attempt if resume else None, why
+        )
     )
     turn.send(generation.members[0].node, m.Prepare(state.term, generation.number))
 
@@ -496,7 +303,7 @@ def _starting(turn: Turn) -> None:
             f"generation {state.number}: {len(state.members)} node(s), {state.generation.world_size} rank(s), {start}"
         )
         for member in state.generation.members:
-            _start_node(turn, member)
+            reception.start_node(turn, member)
 
 
 def _running(turn: Turn) -> None:
@@ -515,7 +322,7 @@ def _running(turn: Turn) -> None:
         if state.failure is None and failed:
             turn.set(failure=supervision.explain(state.exits[failed[0].rank][0], failed[0]))
         elif state.failure is None and halted:
-            why = f"node {_place(turn, halted[0])} was stopped by a former coordinator"
+            why = f"node {reception.place(turn, halted[0])} was stopped by a former coordinator"
             turn.set(failure=Failure(FailureClass.NODE, halted[0], why))
         turn.set(failed_at=turn.now)
         assert turn.state.failure is not None or state.drain is not None
@@ -548,7 +355,7 @@ def _stop(turn: Turn, why: str) -> None:
     assert generation is not None
     turn.enter(Phase.STOPPING, turn.now + state.policy.stop_grace_seconds + state.policy.lease_seconds)
     for node in state.members:
-        _stop_node(turn, node, generation.number, why)
+        reception.stop_node(turn, node, generation.number, why)
     rounds.feed(turn, commit.WorkersLost(generation.ranks, why))
     rounds.feed(turn, commit.ArenasLost(_ranks(generation, state.gone), why))
 
@@ -614,7 +421,8 @@ def _judge(turn: Turn) -> None:
     match verdict:
         case supervision.GiveUp(why):
             text = f"giving up: {why}. First failure: {failure.summary}"
-            leaving.close(turn, ExitCode.FAILED, f"{text}\n{failure.traceback}".rstrip())
+            code = ExitCode.USAGE if failure.kind is FailureClass.USAGE else ExitCode.FAILED
+            leaving.close(turn, code, f"{text}\n{failure.traceback}".rstrip())
         case supervision.Restart(delay):
             line = recovery.recovery_line(turn.state.history, turn.state.suspects)
             turn.do(Interrupted(failure, state.number, _furthest(state), line.attempt.step if line else 0))
@@ -636,8 +444,8 @@ def _explain(state: State) -> Failure | None:
     if unreachable and supervision.is_echo(rank_exit):
         if state.failure is not None and state.failure.kind is FailureClass.NODE:
             return state.failure
-        places = [member.group_rank for member in state.generation.members if member.node in unreachable] if state.generation else []
-        lost = ", ".join(str(place) for place in places)
+        members = state.generation.members if state.generation else ()
+        lost = ", ".join(str(member.group_rank) for member in members if member.node in unreachable)
         return Failure(FailureClass.NODE, unreachable[0], f"node {lost} was lost: its agent's channel closed")
     return first
 

@@ -1,9 +1,9 @@
 """The run's one history: what a journal record is, and the rule by which a stale coordinator loses.
 
-Records are files `journal/<20-digit sequence>.json`, each created exclusively and each naming its predecessor's digest.
-Whoever creates number n+1 after having read number n continues the history; everybody else finds the name taken, reads
-who won, and stops for good. A reply that was lost means *unknown*: the record is read back, and ours is told from another's
-by its nonce. docs/protocol.md has the argument.
+Records are files `journal/<20-digit sequence>.json`, each created exclusively and each naming its predecessor's
+digest. Whoever creates number n+1 after having read number n continues the history; everybody else finds the name
+taken, reads who won, and stops for good. A reply that was lost means *unknown*: the record is read back, and ours is
+told from another's by its nonce. docs/protocol.md has the argument.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def encode(record: Record) -> bytes:
 def decode(data: bytes, path: str) -> Record:
     """Read one record back. Raises `CorruptCheckpoint` naming `path`."""
     if len(data) > RECORD_BYTES_MAX:
-        raise CorruptCheckpoint(f"{path}: a journal record of {len(data)} bytes is over the limit of {RECORD_BYTES_MAX}")
+        raise CorruptCheckpoint(f"{path}: a record of {len(data)} bytes is over the limit of {RECORD_BYTES_MAX}")
     try:
         envelope = _ENVELOPE.decode(data)
         if digest(bytes(envelope.record)) != envelope.sha256 or encode_raw(envelope) != data:
@@ -141,7 +141,7 @@ class History:
         """The history with one more record. Raises `CorruptCheckpoint` when the chain does not hold."""
         if record.sequence != self.head.sequence + 1 or record.previous != self.head.digest:
             raise CorruptCheckpoint(
-                f"{path_of(record.sequence)}: does not continue {path_of(self.head.sequence)}; the journal was changed by hand"
+                f"{path_of(record.sequence)}: does not continue the record before it; the journal was changed by hand"
             )
         base = replace(self, head=Head(record.sequence, record_digest))
         match record.body:

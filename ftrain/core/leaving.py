@@ -80,7 +80,7 @@ def drained(turn: Turn) -> None:
         close(turn, ExitCode.INTERRUPTED, text)
         return
     code = ExitCode.PREEMPTED if saved else ExitCode.PREEMPTED_UNSAVED
-    text = "left on SIGTERM; the last finished step is committed" if saved else "left on SIGTERM; the last commit stands"
+    text = f"left on SIGTERM; the last {'finished step is committed' if saved else 'commit stands'}"
     if drain.nodes >= set(state.nodes):
         turn.set(exit_code=int(code), summary=text)
         let_go(turn)
@@ -93,10 +93,12 @@ def drained(turn: Turn) -> None:
 
 
 def _nothing_lost(state: State) -> bool:
-    """No rank of the last generation is known to have finished a step that is not committed."""
-    ended = [exit.step for name in state.members for exit in state.report(name).exits]
+    """No rank, as far as its node's newest report goes, has finished a step that is not committed."""
+    reports = [state.reports[name] for name in state.nodes if name in state.reports]
+    steps = [rank.step for report in reports for rank in report.ranks]
+    steps += [exit.step for report in reports for exit in report.exits]
     committed = state.history.commits[-1][1].attempt.step if state.history.commits else 0
-    return max([state.furthest, *ended]) <= committed
+    return max(steps, default=-1) <= committed
 
 
 def close(turn: Turn, code: int, summary: str) -> None:

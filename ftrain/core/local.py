@@ -1,13 +1,11 @@
 """What a worker and its agent share on one node, beside the control page and the arena.
 
-The agent gives a worker its `Boot` in the environment variable `FTRAIN_BOOT` (JSON). The worker sends the messages below
-to its agent over a Unix `SOCK_SEQPACKET` socket, one JSON object a packet; what it sent before it died is still read.
-Nothing comes the other way: the agent speaks through the control page.
+The agent gives a worker its `Boot` in the environment variable `FTRAIN_BOOT` (JSON). The worker sends the messages
+below to its agent over a Unix `SOCK_SEQPACKET` socket, one JSON object a packet; what it sent before it died is still
+read. Nothing comes the other way: the agent speaks through the control page.
 """
 
 from __future__ import annotations
-
-from typing import Annotated
 
 import msgspec
 
@@ -72,6 +70,4 @@ class WorkerError(msgspec.Struct, frozen=True, tag="error", tag_field="kind", fo
     error: ErrorReport
 
 
-FromWorker = (
-    WorkerJoined | WorkerLooping | WorkerSealed | WorkerSealFailed | WorkerAtEnd | WorkerMetrics | WorkerError
-)
+FromWorker = WorkerJoined | WorkerLooping | WorkerSealed | WorkerSealFailed | WorkerAtEnd | WorkerMetrics | WorkerError

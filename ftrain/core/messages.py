@@ -1,8 +1,8 @@
 """The words of the control plane: what agents and the coordinator say to each other.
 
-They are the events that `core.coordinator` and `core.node` take and the actions that they emit, so the simulator speaks
-them as well as the WebSocket does. On the wire each is one JSON object, told apart by its `kind`. A string, a list and a
-message have a bound (`Text`, `MESSAGE_BYTES_MAX`): a stranger must not be able to fill our memory.
+They are the events that `core.coordinator` and `core.node` take and the actions that they emit, so the simulator
+speaks them as well as the WebSocket does. On the wire each is one JSON object, told apart by its `kind`. A string, a
+list and a message have a bound (`Text`, `MESSAGE_BYTES_MAX`): a stranger must not be able to fill our memory.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ class AttemptFailed(msgspec.Struct, frozen=True, tag="attempt_failed", tag_field
 
 
 class Notice(msgspec.Struct, frozen=True, tag="notice", tag_field="kind", forbid_unknown_fields=True):
-    """This node is to leave: `why` is "SIGTERM" (the run goes on elsewhere, later) or "SIGINT" (the user ends the run)."""
+    """This node is to leave: `why` is "SIGTERM" (the run goes on elsewhere) or "SIGINT" (the user ends it)."""
 
     why: Name
     grace_seconds: float
@@ -187,17 +187,7 @@ class Goodbye(msgspec.Struct, frozen=True, tag="goodbye", tag_field="kind", forb
 
 
 FromAgent = (
-    Hello
-    | Heartbeat
-    | StoreReady
-    | Changed
-    | ArmReply
-    | Sealed
-    | Prepared
-    | AttemptFailed
-    | Notice
-    | Metrics
-    | Goodbye
+    Hello | Heartbeat | StoreReady | Changed | ArmReply | Sealed | Prepared | AttemptFailed | Notice | Metrics | Goodbye
 )
 
 # ---------------------------------------------------------------------------------------------- coordinator -> agent

@@ -1,19 +1,54 @@
 """Everything that an agent decides, as one pure state machine: the other half of `core.coordinator`.
 
-It runs one generation's workers at a time, arms and disarms their control pages, has their sealed snapshots persisted, and
-keeps the coordinator informed. It obeys only the newest term it has seen and only its present generation: what an older
-coordinator or attempt asks for is not done.
+It runs one generation's workers at a time, arms and disarms their control pages, has their sealed snapshots
+persisted, and keeps the coordinator informed. It obeys only the newest term it has seen and only its present
+generation: what an older coordinator or attempt asks for is not done.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-
-import msgspec
+from dataclasses import replace
 
 from ftrain.core import local
 from ftrain.core import messages as m
+from ftrain.core.node_state import (
+    Action,
+    Armed,
+    ArmPages,
+    Beat,
+    CancelPersist,
+    Connected,
+    Disarmed,
+    DisarmPages,
+    Disconnected,
+    Event,
+    Exit,
+    Fork,
+    Forked,
+    HostStore,
+    Kill,
+    Pages,
+    Persist,
+    Persisted,
+    PersistFailed,
+    Reconnect,
+    ReleasePages,
+    Said,
+    Send,
+    SetVerdict,
+    Show,
+    Signalled,
+    Snapshot,
+    State,
+    StoreDown,
+    StoreUp,
+    Turn,
+    Worker,
+    WorkerExited,
+    WorkerSaid,
+    hello,
+    report,
+)
 from ftrain.core.page import Phase
 from ftrain.errors import ExitCode
 
@@ -21,305 +56,52 @@ SLOTS = 2
 SAME_NOTICE_SECONDS = 5.0  # batch systems send SIGTERM twice within seconds, and mean it once
 UNSAVED_MARGIN_SECONDS = 5.0  # a leaving node waits this much longer than its grace for the coordinator's word
 
-Pages = Mapping[int, tuple[int, int]]  # rank -> (steps finished, phase), read just now
-
-
-@dataclass(frozen=True, slots=True)
-class Worker:
-    rank: int
-    local_rank: int
-    pid: int = 0
-    joined: bool = False
-    looping: local.WorkerLooping | None = None
-    at_end: bool = False
-    stall_seconds: float = 0.0
-    error: m.ErrorReport | None = None
-    exit: m.RankExit | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """This node's part of one attempt."""
-
-    attempt: m.Attempt
-    slot: int
-    hold: bool
-    sealed: frozenset[int] = frozenset()
-    packs: tuple[m.PackRecord, ...] = ()
-    failures: tuple[m.AttemptFailed, ...] = ()
-    armed: bool = False
-    decided: bool = False  # holding workers have their verdict
-
-
-class State(msgspec.Struct, frozen=True):  # not a dataclass: it is replaced many times an event, and this one is quick
-    hello: m.Hello
-    grace_seconds: float = 25.0
-    coordinator_wait_seconds: float = 600.0
-    term: int = 0
-    connected: bool = False
-    lost_at: float = 0.0
-    version: int = 0
-    beat: int = 0
-    generation: int = 0
-    start: m.Start | None = None
-    stopping: bool = False
-    workers: Mapping[int, Worker] = {}
-    snapshot: Snapshot | None = None
-    attempt_seen: int = 0
-    # Ranks that may still write the snapshot of a dead attempt: rank -> (that attempt's step, slot).
-    filling: Mapping[int, tuple[int, int]] = {}
-    writing: Mapping[tuple[m.Attempt, int], int] = {}  # (attempt, rank) -> slot being persisted
-    store: StoreUp | None = None  # of the coming or present generation; port 0 while it is being started
-    notice: str = ""
-    notice_until: float = float("inf")
-    leave: m.Leave | None = None
-    over: bool = False
-
-    @property
-    def alive(self) -> tuple[Worker, ...]:
-        return tuple(worker for worker in self.workers.values() if worker.exit is None)
-
-
-# -------------------------------------------------------------------------------------------------------------- events
-
-
-@dataclass(frozen=True, slots=True)
-class Connected:
-    pass
-
-
-@dataclass(frozen=True, slots=True)
-class Disconnected:
-    pass
-
-
-@dataclass(frozen=True, slots=True)
-class Said:
-    message: m.FromCoordinator
-
-
-@dataclass(frozen=True, slots=True)
-class Forked:
-    rank: int
-    pid: int
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerSaid:
-    rank: int
-    message: local.FromWorker
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerExited:
-    exit: m.RankExit
-
-
-@dataclass(frozen=True, slots=True)
-class Armed:
-    """The answer to `ArmPages`. When not ok, `reached` are ranks that may have begun the snapshot all the same."""
-
-    attempt: m.Attempt
-    ok: bool
-    furthest: int
-    reached: frozenset[int] = frozenset()
-
-
-@dataclass(frozen=True, slots=True)
-class Disarmed:
-    attempt: m.Attempt
-    reached: frozenset[int]
-
-
-@dataclass(frozen=True, slots=True)
-class Persisted:
-    attempt: m.Attempt
-    pack: m.PackRecord
-
-
-@dataclass(frozen=True, slots=True)
-class PersistFailed:
-    attempt: m.Attempt
-    rank: int
-    cause: str  # "" when it was cancelled
-
-
-@dataclass(frozen=True, slots=True)
-class StoreUp:
-    generation: int
-    address: str
-    port: int
-
-
-@dataclass(frozen=True, slots=True)
-class StoreDown:
-    """The store of that generation could not be started, or has ended."""
-
-    generation: int
-
-
-@dataclass(frozen=True, slots=True)
-class Signalled:
-    why: str  # SIGTERM or SIGINT
-
-
-@dataclass(frozen=True, slots=True)
-class Beat:
-    """Once every heartbeat interval, connected or not."""
-
-
-Event = (
-    Connected
-    | Disconnected
-    | Said
-    | Forked
-    | WorkerSaid
-    | WorkerExited
-    | Armed
-    | Disarmed
-    | Persisted
-    | PersistFailed
-    | StoreUp
-    | StoreDown
-    | Signalled
-    | Beat
-)
-
-# ------------------------------------------------------------------------------------------------------------- actions
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    message: m.FromAgent
-
-
-@dataclass(frozen=True, slots=True)
-class Reconnect:
-    """Drop the channel and look again: whoever answered is not the newest coordinator."""
-
-
-@dataclass(frozen=True, slots=True)
-class Fork:
-    """Fork the generation's workers, answer each with `Forked`, later with `WorkerExited`."""
-
-    start: m.Start
-
-
-@dataclass(frozen=True, slots=True)
-class Kill:
-    """End all workers: those that joined at once, others by SIGTERM and, `grace_seconds` later, SIGKILL."""
-
-    grace_seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class ArmPages:
-    attempt: m.Attempt
-    slot: int
-    hold: bool
-    ranks: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class DisarmPages:
-    attempt: m.Attempt
-    ranks: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class SetVerdict:
-    attempt: m.Attempt
-    leave: bool
-    ranks: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ReleasePages:
-    ranks: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Persist:
-    attempt: m.Attempt
-    rank: int
-    slot: int
-
-
-@dataclass(frozen=True, slots=True)
-class CancelPersist:
-    attempt: m.Attempt
-
-
-@dataclass(frozen=True, slots=True)
-class HostStore:
-    generation: int
-
-
-@dataclass(frozen=True, slots=True)
-class Show:
-    text: str
-    level: str = "info"
-
-
-@dataclass(frozen=True, slots=True)
-class Exit:
-    code: int
-    summary: str
-
-
-Action = (
-    Send
-    | Reconnect
-    | Fork
-    | Kill
-    | ArmPages
-    | DisarmPages
-    | SetVerdict
-    | ReleasePages
-    | Persist
-    | CancelPersist
-    | HostStore
-    | Show
-    | Exit
-)
-
-
-class _Turn:
-    __slots__ = ("actions", "now", "pages", "state")
-
-    def __init__(self, state: State, now: float, pages: Pages) -> None:
-        self.state = state
-        self.now = now
-        self.pages = pages
-        self.actions: list[Action] = []
-
-    def set(self, **changes: object) -> None:
-        self.state = msgspec.structs.replace(self.state, **changes)
-
-    def do(self, action: Action) -> None:
-        self.actions.append(action)
-
-    def send(self, message: m.FromAgent) -> None:
-        if self.state.connected and self.state.term:
-            self.actions.append(Send(message))
-
-    def changed(self) -> None:
-        self.send(m.Changed(self.report()))
-
-    def report(self) -> m.Report:
-        self.set(version=self.state.version + 1)
-        return report(self.state, self.pages)
-
-    def worker(self, rank: int, **changes: object) -> None:
-        worker = replace(self.state.workers[rank], **changes)  # type: ignore[arg-type]
-        self.set(workers={**self.state.workers, rank: worker})
+__all__ = [
+    "Action",
+    "ArmPages",
+    "Armed",
+    "Beat",
+    "CancelPersist",
+    "Connected",
+    "DisarmPages",
+    "Disarmed",
+    "Disconnected",
+    "Event",
+    "Exit",
+    "Fork",
+    "Forked",
+    "HostStore",
+    "Kill",
+    "Pages",
+    "Persist",
+    "PersistFailed",
+    "Persisted",
+    "Reconnect",
+    "ReleasePages",
+    "Said",
+    "Send",
+    "SetVerdict",
+    "Show",
+    "Signalled",
+    "Snapshot",
+    "State",
+    "StoreDown",
+    "StoreUp",
+    "Worker",
+    "WorkerExited",
+    "WorkerSaid",
+    "hello",
+    "may_fill",
+    "report",
+    "step",
+]
 
 
 def step(state: State, event: Event, now: float, pages: Pages) -> tuple[State, tuple[Action, ...]]:
     """One event, one decision. `pages` are the control pages of the living workers as they are now."""
     if state.over:
         return state, ()
-    turn = _Turn(state, now, pages)
+    turn = Turn(state, now, pages)
     if state.filling:
         now_filling = {
             rank: place for rank, place in state.filling.items() if may_fill(pages.get(rank, (-1, 0)), place[0])
@@ -362,49 +144,10 @@ def step(state: State, event: Event, now: float, pages: Pages) -> tuple[State, t
     return turn.state, tuple(turn.actions)
 
 
-def report(state: State, pages: Pages) -> m.Report:
-    """What this node runs at this moment."""
-    workers = state.workers.values()
-    loops = [worker.looping for worker in workers if worker.looping is not None]
-    alive = state.alive
-    ranks = tuple(
-        m.RunningRank(w.rank, w.local_rank, w.pid, *pages.get(w.rank, (-1, 0)), w.joined, w.stall_seconds) for w in alive
-    )
-    return m.Report(
-        version=state.version,
-        generation=state.generation,
-        stopped=not alive and (state.stopping or state.start is None),
-        attempt_seen=state.attempt_seen,
-        ranks=ranks,
-        exits=tuple(worker.exit for worker in workers if worker.exit is not None),
-        looping=bool(alive) and len(loops) == len(state.workers),
-        first_step=min((loop.step for loop in loops), default=-1),
-        total_steps=max((loop.total_steps for loop in loops), default=0),
-        at_end=bool(alive) and all(worker.at_end for worker in workers),
-    )
-
-
-def hello(state: State, pages: Pages) -> m.Hello:
-    """The introduction to whichever coordinator answers."""
-    return m.Hello(
-        node=state.hello.node,
-        node_rank=state.hello.node_rank,
-        processes=state.hello.processes,
-        address=state.hello.address,
-        host=state.hello.host,
-        pid=state.hello.pid,
-        run_id=state.hello.run_id,
-        job_sha256=state.hello.job_sha256,
-        version=state.hello.version,
-        term_seen=state.term,
-        report=report(state, pages),
-    )
-
-
 # -------------------------------------------------------------------------------------------------- the coordinator
 
 
-def _said(turn: _Turn, message: m.FromCoordinator) -> None:
+def _said(turn: Turn, message: m.FromCoordinator) -> None:
     state = turn.state
     match message:
         case m.Welcome(term=term):
@@ -457,7 +200,7 @@ def _said(turn: _Turn, message: m.FromCoordinator) -> None:
                 turn.do(Kill(0.0))
 
 
-def _prepare(turn: _Turn, generation: int) -> None:
+def _prepare(turn: Turn, generation: int) -> None:
     store = turn.state.store
     if store is None or store.generation != generation:
         turn.set(store=StoreUp(generation, "", 0))
@@ -467,7 +210,7 @@ def _prepare(turn: _Turn, generation: int) -> None:
 
 
 def _is_last(worker: Worker, step: int) -> bool:
-    """The worker is at its end, and `step` is that end: an older attempt may commit while it waits there for the last."""
+    """The worker is at its end, and `step` is that end: an older attempt may commit while it waits there."""
     return worker.at_end and worker.looping is not None and worker.looping.total_steps == step
 
 
@@ -475,7 +218,7 @@ def _ranks(state: State) -> tuple[int, ...]:
     return tuple(worker.rank for worker in state.alive)
 
 
-def _start(turn: _Turn, start: m.Start) -> None:
+def _start(turn: Turn, start: m.Start) -> None:
     state = turn.state
     if start.generation <= state.generation or state.alive or state.leave is not None:
         return
@@ -492,7 +235,7 @@ def _start(turn: _Turn, start: m.Start) -> None:
     turn.do(Fork(start))
 
 
-def _stop(turn: _Turn, generation: int, grace: float) -> None:
+def _stop(turn: Turn, generation: int, grace: float) -> None:
     state = turn.state
     if generation < state.generation:
         return
@@ -506,7 +249,7 @@ def _stop(turn: _Turn, generation: int, grace: float) -> None:
     turn.changed()
 
 
-def _arm(turn: _Turn, attempt: m.Attempt, hold: bool) -> None:
+def _arm(turn: Turn, attempt: m.Attempt, hold: bool) -> None:
     state = turn.state
     snapshot = state.snapshot
     if snapshot is not None and snapshot.attempt == attempt:
@@ -532,7 +275,7 @@ def _arm(turn: _Turn, attempt: m.Attempt, hold: bool) -> None:
         turn.do(ArmPages(attempt, free[0], hold, _ranks(state)))
 
 
-def _armed(turn: _Turn, event: Armed) -> None:
+def _armed(turn: Turn, event: Armed) -> None:
     snapshot = turn.state.snapshot
     if snapshot is None or snapshot.attempt != event.attempt:
         return
@@ -547,7 +290,7 @@ def _armed(turn: _Turn, event: Armed) -> None:
         turn.send(m.ArmReply(event.attempt, False, event.furthest, "a rank is past this step already"))
 
 
-def _abort(turn: _Turn, attempt: m.Attempt) -> None:
+def _abort(turn: Turn, attempt: m.Attempt) -> None:
     snapshot = turn.state.snapshot
     if snapshot is None or snapshot.attempt != attempt:
         return
@@ -563,11 +306,11 @@ def _abort(turn: _Turn, attempt: m.Attempt) -> None:
         turn.do(SetVerdict(attempt, False, _ranks(turn.state)))
 
 
-def _fill(turn: _Turn, snapshot: Snapshot, ranks: frozenset[int]) -> None:
+def _fill(turn: Turn, snapshot: Snapshot, ranks: frozenset[int]) -> None:
     turn.set(filling={**turn.state.filling, **dict.fromkeys(ranks, (snapshot.attempt.step, snapshot.slot))})
 
 
-def _still_filling(turn: _Turn, reached: frozenset[int]) -> None:
+def _still_filling(turn: Turn, reached: frozenset[int]) -> None:
     turn.set(filling={rank: place for rank, place in turn.state.filling.items() if rank in reached})
 
 
@@ -580,7 +323,7 @@ def may_fill(page: tuple[int, int], step: int) -> bool:
     return done == step and phase in (Phase.BOUNDARY, Phase.SNAPSHOT)
 
 
-def _repeat(turn: _Turn) -> None:
+def _repeat(turn: Turn) -> None:
     """Say again where the present attempt stands: the coordinator forgets duplicates, but it must not miss one."""
     snapshot = turn.state.snapshot
     if snapshot is None or not snapshot.armed:
@@ -597,7 +340,7 @@ def _repeat(turn: _Turn) -> None:
 # ------------------------------------------------------------------------------------------------------- the workers
 
 
-def _worker_said(turn: _Turn, rank: int, message: local.FromWorker) -> None:
+def _worker_said(turn: Turn, rank: int, message: local.FromWorker) -> None:
     state = turn.state
     snapshot = state.snapshot
     match message:
@@ -631,11 +374,11 @@ def _worker_said(turn: _Turn, rank: int, message: local.FromWorker) -> None:
             turn.worker(rank, error=error)
 
 
-def _unfill(turn: _Turn, rank: int) -> None:
+def _unfill(turn: Turn, rank: int) -> None:
     turn.set(filling={key: place for key, place in turn.state.filling.items() if key != rank})
 
 
-def _exited(turn: _Turn, exit: m.RankExit) -> None:
+def _exited(turn: Turn, exit: m.RankExit) -> None:
     worker = turn.state.workers.get(exit.rank)
     if worker is None or worker.pid != exit.pid or worker.exit is not None:
         return
@@ -662,7 +405,7 @@ def _with(exit: m.RankExit, error: m.ErrorReport | None, ordered: bool) -> m.Ran
     )
 
 
-def _persisted(turn: _Turn, attempt: m.Attempt, pack: m.PackRecord) -> None:
+def _persisted(turn: Turn, attempt: m.Attempt, pack: m.PackRecord) -> None:
     _written(turn, attempt, pack.rank)
     snapshot = turn.state.snapshot
     if snapshot is not None and snapshot.attempt == attempt:
@@ -670,20 +413,20 @@ def _persisted(turn: _Turn, attempt: m.Attempt, pack: m.PackRecord) -> None:
         turn.send(m.Prepared(attempt, pack))
 
 
-def _persist_failed(turn: _Turn, attempt: m.Attempt, rank: int, cause: str) -> None:
+def _persist_failed(turn: Turn, attempt: m.Attempt, rank: int, cause: str) -> None:
     _written(turn, attempt, rank)
     snapshot = turn.state.snapshot
     if cause and snapshot is not None and snapshot.attempt == attempt:
         _fail(turn, snapshot, rank, cause)
 
 
-def _fail(turn: _Turn, snapshot: Snapshot, rank: int, cause: str) -> None:
+def _fail(turn: Turn, snapshot: Snapshot, rank: int, cause: str) -> None:
     failure = m.AttemptFailed(snapshot.attempt, rank, cause)
     turn.set(snapshot=replace(snapshot, failures=(*snapshot.failures, failure)))
     turn.send(failure)
 
 
-def _written(turn: _Turn, attempt: m.Attempt, rank: int) -> None:
+def _written(turn: Turn, attempt: m.Attempt, rank: int) -> None:
     key = (attempt, rank)
     turn.set(writing={other: slot for other, slot in turn.state.writing.items() if other != key})
 
@@ -691,7 +434,7 @@ def _written(turn: _Turn, attempt: m.Attempt, rank: int) -> None:
 # ---------------------------------------------------------------------------------------------------- time and leaving
 
 
-def _signalled(turn: _Turn, why: str) -> None:
+def _signalled(turn: Turn, why: str) -> None:
     state = turn.state
     noticed_at = state.notice_until - state.grace_seconds - UNSAVED_MARGIN_SECONDS
     saving = any(worker.joined for worker in state.alive)
@@ -708,7 +451,7 @@ def _signalled(turn: _Turn, why: str) -> None:
     turn.send(m.Notice(why, state.grace_seconds))
 
 
-def _beat(turn: _Turn) -> None:
+def _beat(turn: Turn) -> None:
     state = turn.state
     turn.set(beat=state.beat + 1)
     turn.send(m.Heartbeat(state.beat + 1, turn.report()))
@@ -721,12 +464,12 @@ def _beat(turn: _Turn) -> None:
         _leave_now(turn, ExitCode.UNAVAILABLE, f"no coordinator answered for {waited:.0f} s; the last commit stands")
 
 
-def _leave_now(turn: _Turn, code: int, summary: str) -> None:
+def _leave_now(turn: Turn, code: int, summary: str) -> None:
     turn.set(leave=m.Leave(turn.state.term, int(code), summary), stopping=True)
     turn.do(Kill(0.0))
 
 
-def _finish(turn: _Turn) -> None:
+def _finish(turn: Turn) -> None:
     """Once told to leave, and once nothing runs here any more, this agent is done."""
     state = turn.state
     if state.leave is None or state.alive:

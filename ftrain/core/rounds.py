@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ftrain.core import commit, journal, recovery, schedule
 from ftrain.core import messages as m
-from ftrain.core.commit import Barrier, Stage
+from ftrain.core.commit import Barrier
 from ftrain.core.run_state import Discard, Phase, Publish, Turn
 
 LAST_TRIES = 4  # to commit the last state, before the run ends without
@@ -84,9 +84,7 @@ def feed(turn: Turn, event: commit.Event) -> None:
                 turn.do(Publish(barrier.attempt, len(barrier.ranks), barrier.packs))
             case commit.WriteCommit():
                 payload = sum(pack.payload_bytes for pack in barrier.packs)
-                turn.append(
-                    journal.CommitBody(barrier.attempt, len(barrier.ranks), barrier.manifest_sha256, payload)
-                )
+                turn.append(journal.CommitBody(barrier.attempt, len(barrier.ranks), barrier.manifest_sha256, payload))
             case commit.AnnounceCommit():
                 _committed(turn, barrier)
             case commit.AnnounceAbort():
@@ -136,10 +134,12 @@ def _all_armed(turn: Turn, barrier: Barrier) -> None:
 
 def _committed(turn: Turn, barrier: Barrier) -> None:
     state = turn.state
-    turn.set(barrier=None, cadence=schedule.after_commit(state.policy.checkpoint, state.cadence, barrier.attempt.step, turn.now))
+    cadence = schedule.after_commit(state.policy.checkpoint, state.cadence, barrier.attempt.step, turn.now)
+    turn.set(barrier=None, cadence=cadence)
     turn.to_members(m.Committed(state.term, barrier.attempt))
     payload = sum(pack.payload_bytes for pack in barrier.packs)
-    turn.log(f"checkpoint of step {barrier.attempt.step} committed ({payload / 1e6:.1f} MB, {len(barrier.packs)} packs)")
+    size = f"{payload / 1e6:.1f} MB, {len(barrier.packs)} packs"
+    turn.log(f"checkpoint of step {barrier.attempt.step} committed ({size})")
     drain = turn.state.drain
     if drain is not None:
         turn.set(drain=replace(drain, saved=drain.decided or barrier.hold))
@@ -154,9 +154,7 @@ def _aborted(turn: Turn, barrier: Barrier) -> None:
     cadence = state.cadence
     refused = barrier.refused_step >= 0
     cadence = (
-        schedule.after_refusal(cadence, barrier.refused_step)
-        if refused
-        else schedule.after_failure(cadence, turn.now)
+        schedule.after_refusal(cadence, barrier.refused_step) if refused else schedule.after_failure(cadence, turn.now)
     )
     turn.set(barrier=None, cadence=cadence)
     turn.to_members(m.Abort(state.term, barrier.attempt, barrier.cause))
@@ -164,4 +162,5 @@ def _aborted(turn: Turn, barrier: Barrier) -> None:
         turn.to_members(m.Verdict(state.term, barrier.attempt, leave=False))
     turn.do(Discard(barrier.attempt))
     if not refused and state.phase is Phase.RUNNING:
-        turn.log(f"checkpoint of step {barrier.attempt.step} given up: {barrier.cause}; the last commit stands", "warning")
+        step = barrier.attempt.step
+        turn.log(f"checkpoint of step {step} given up: {barrier.cause}; the last commit stands", "warning")

@@ -284,7 +284,8 @@ class Turn:
                 case journal.Stalled(path, cause, _):
                     self.log(f"the journal cannot be written ({path}): {cause}; trying again", "warning")
                 case journal.Lost(path):
-                    self.over(ExitCode.FAILED, f"another coordinator continued this run: {path} is not ours; this one stops")
+                    text = f"another coordinator continued this run: {path} is not ours; this one stops"
+                    self.over(ExitCode.FAILED, text)
         return tuple(done)
 
     def over(self, code: int, summary: str) -> None:

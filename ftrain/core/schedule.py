@@ -1,7 +1,8 @@
 """When the next checkpoint is due, and at which step.
 
-A step can only be armed before any rank has reached it. With a period in steps the step is known long ahead; with a period
-in seconds it is guessed a little ahead of the furthest rank, and further ahead each time the guess came too late.
+A step can only be armed before any rank has reached it. With a period in steps the step is known long ahead; with a
+period in seconds it is guessed a little ahead of the furthest rank, and further ahead each time the guess came too
+late.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Cadence:
 
 
 def next_step(policy: CheckpointPolicy, cadence: Cadence, furthest: int, total: int) -> int | None:
-    """The step to propose now, or None when the rest of the run holds none. `furthest`: steps the front rank finished."""
+    """The step to propose now, or None when the run holds none. `furthest`: steps that the front rank finished."""
     if policy.every_steps:
         base = max(furthest, cadence.beyond)
         step = (base // policy.every_steps + 1) * policy.every_steps

@@ -1,8 +1,9 @@
 """What a failure means: its class, whether the run starts again, and when that would be pointless.
 
-The intuition: as long as commits advance, failures are the weather, and the run goes on without limit. A failure that comes
-back before anything new was committed uses up a small budget, with growing pauses. The same exception at the same step with
-no commit in between is the user's own bug: trying a third time only hides it, so the run gives up at once and shows it.
+The intuition: as long as commits advance, failures are the weather, and the run goes on without limit. A failure that
+comes back before anything new was committed uses up a small budget, with growing pauses. The same exception at the
+same step with no commit in between is the user's own bug: trying a third time only hides it, so the run gives up at
+once and shows it.
 """
 
 from __future__ import annotations
@@ -11,12 +12,35 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from ftrain.core.messages import RankExit
+from ftrain.errors import ExitCode
 
-SIGNAL_NAMES = {1: "SIGHUP", 2: "SIGINT", 3: "SIGQUIT", 4: "SIGILL", 6: "SIGABRT", 7: "SIGBUS", 8: "SIGFPE", 9: "SIGKILL",
-                11: "SIGSEGV", 13: "SIGPIPE", 14: "SIGALRM", 15: "SIGTERM"}  # fmt: skip
+SIGNAL_NAMES = {
+    1: "SIGHUP",
+    2: "SIGINT",
+    3: "SIGQUIT",
+    4: "SIGILL",
+    6: "SIGABRT",
+    7: "SIGBUS",
+    8: "SIGFPE",
+    9: "SIGKILL",
+    11: "SIGSEGV",
+    13: "SIGPIPE",
+    14: "SIGALRM",
+    15: "SIGTERM",
+}
 # What a rank raises because *another* rank is gone. Never the first cause when there is any other.
-ECHOES = ("DistBackendError", "DistNetworkError", "DistStoreError", "Connection closed by peer", "Connection reset by peer",
-          "Broken pipe", "Connection refused", "Socket Timeout", "socket has been closed", "Timed out waiting")  # fmt: skip
+ECHOES = (
+    "DistBackendError",
+    "DistNetworkError",
+    "DistStoreError",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Connection refused",
+    "Socket Timeout",
+    "socket has been closed",
+    "Timed out waiting",
+)
 
 
 class FailureClass(Enum):
@@ -24,6 +48,7 @@ class FailureClass(Enum):
     EXCEPTION = "exception"
     EXIT_CODE = "exit code"
     CORRUPT = "corrupt checkpoint"
+    USAGE = "wrong use"
     NODE = "node lost"
     LAUNCH = "could not start"
 
@@ -77,6 +102,8 @@ def judge(policy: RestartPolicy, budget: Budget, failure: Failure, progressed: b
     if failure.kind in (FailureClass.NODE, FailureClass.CORRUPT):
         # A lost machine says nothing about the job, and each damaged checkpoint is passed over only once.
         return replace(budget, restarts=budget.restarts + 1), Restart(0.0)
+    if failure.kind is FailureClass.USAGE:
+        return budget, GiveUp("the script asks ftrain for something that cannot be")
     if policy.max_restarts is not None:
         if budget.restarts >= policy.max_restarts:
             return budget, GiveUp(f"{policy.max_restarts} restarts (--max-restarts) are used up")
@@ -106,7 +133,11 @@ def explain(node: str, exit: RankExit) -> Failure:
     who = f"rank {exit.rank}"
     error = exit.error
     if error is not None:
-        kind = FailureClass.CORRUPT if error.type.endswith("CorruptCheckpoint") else FailureClass.EXCEPTION
+        kind = FailureClass.EXCEPTION
+        if error.type.endswith("CorruptCheckpoint"):
+            kind = FailureClass.CORRUPT
+        elif error.type.startswith("ftrain.errors.") and exit.code == ExitCode.USAGE:
+            kind = FailureClass.USAGE
         headline = error.message.strip().splitlines()[0] if error.message.strip() else ""
         summary = f"{who} raised {error.type}{': ' + headline if headline else ''}{at}"
         signature = "" if is_echo(exit) else f"{error.type}|{error.where}|{headline}|{exit.step}"

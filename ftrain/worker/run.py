@@ -126,8 +126,8 @@ class Run:
 
     @property
     def must_rehearse(self) -> bool:
-        """A resumed run has to do one step for nothing first: see `Steps`."""
-        return self.restarted and self.world_size > 1 and self._tracked.rebuilds_buckets
+        """A resumed run has to do one step for nothing first: see `Steps`. With two ranks a sum has only one order."""
+        return self.restarted and self.world_size > 2 and self._tracked.rebuilds_buckets
 
     def restore(self) -> int:
         """Put the state of the commit to resume from back. Returns the number of steps that it had finished."""

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from ftrain.cli.main import main
 from ftrain.cli.options import visible_gpus
 from ftrain.control.secret import Secret
 from ftrain.errors import ExitCode
-from tests.launching.harness import FTRAIN, Cluster, Launcher, clusters, free_port, wait_for
+from tests.launching.harness import Cluster, Launcher, clusters, free_port, wait_for
 
 USAGE, UNAVAILABLE, REFUSED = ExitCode.USAGE, ExitCode.UNAVAILABLE, ExitCode.REFUSED
 TWO = "--nnodes 2 --node-rank 0 --rdzv-endpoint 127.0.0.1:{port} --run-dir {path}/run"
@@ -52,9 +53,9 @@ AT_ONCE = [
     ("launch --nnodes 2 --rdzv-endpoint a:70000 {path}/script.py", USAGE, "--rdzv-endpoint a:70000: ports go from 1 to 65535"),
     ("launch --nnodes 2 --rdzv-endpoint 127.0.0.1 {path}/script.py", USAGE, "several nodes need --run-dir DIR, the same on each"),
     ("launch --nnodes 2 --node-rank 2 --rdzv-endpoint 127.0.0.1 {path}/script.py", USAGE, "--node-rank 2: ranks of 2 nodes go from 0 to 1"),
-    (f"launch {TWO} {{path}}/script.py", USAGE, "several nodes need a secret that they share: make one with `ftrain secret FILE`"),
+    (f"launch {TWO} {{path}}/script.py", USAGE, "several nodes need a shared secret: make one with `ftrain secret FILE`"),
     (f"launch {TWO} --secret {{path}}/none.pem {{path}}/script.py", USAGE, "There is no secret at {path}/none.pem: make one with"),
-    (f"launch {TWO} --secret {{path}}/script.py {{path}}/script.py", USAGE, "is not a run secret, or only a part of one"),
+    (f"launch {TWO} --secret {{path}}/nonsense.pem {{path}}/script.py", USAGE, "is not a run secret, or only a part of one"),
     (f"launch {TWO} --secret {{path}}/exposed.pem {{path}}/script.py", USAGE, "is open to others (mode 0644): run `chmod 600"),
     (f"launch {TWO} --secret {{path}} {{path}}/script.py", USAGE, "{path} is not a file, so it is not a run secret"),
     ("secret {path}/secret.pem", USAGE, "exists already and is not overwritten"),
@@ -88,6 +89,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Secret.create(path / "secret.pem")
     Secret.create(path / "other.pem")
     Secret.create(path / "exposed.pem")
+    (path / "nonsense.pem").write_text("nonsense")
+    (path / "nonsense.pem").chmod(0o600)
     (path / "exposed.pem").chmod(0o644)
     return path
 
@@ -103,14 +106,25 @@ def said(text: str) -> str:
 
 
 @pytest.mark.parametrize(("arguments", "code", "words"), AT_ONCE, ids=[case[0].replace("/", "_") for case in AT_ONCE])
-def test_wrong_use_ends_at_once_with_one_sentence(place: Path, arguments: str, code: int, words: str) -> None:
+def test_wrong_use_ends_at_once_with_one_sentence(
+    place: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: str,
+    code: int,
+    words: str,
+) -> None:
     if "per-node gpu" in arguments and visible_gpus():
         pytest.skip("there is a GPU here")
     names = {"path": place, "port": free_port()}
-    command = [*FTRAIN, *arguments.format(**names).split()]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=place, timeout=60, check=False)
-    text = said(done.stdout + done.stderr)
-    assert done.returncode == code, text
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "argv", ["ftrain", *arguments.format(**names).split()])
+    with pytest.raises(SystemExit) as ending:
+        main()
+    printed = capsys.readouterr()
+    text = said(printed.out + printed.err)
+    assert ending.value.code == code, text
     assert words.format(**names) in text
     assert "Traceback" not in text
     assert "ran" not in text.split()

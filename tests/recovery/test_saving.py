@@ -40,14 +40,15 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_full_disk_costs_commits_but_no_step_until_there_is_room_again(cluster: Cluster, small_disk: Path) -> None:
-    job = Job(small_disk)
+    job = Job(cluster.path / "job")
+    job.path.mkdir()
+    job.run_dir.symlink_to(small_disk)
     launcher = launch(cluster, job, every=5, steps=0)
     launcher.says(" committed (")
     ballast = small_disk / "ballast"
-    with ballast.open("wb") as file, pytest.raises(OSError, match="No space"):
+    with ballast.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
         while True:
             file.write(b"\0" * 4096)
-            file.flush()
     launcher.says(" given up: ")
     assert "No space left on device" in launcher.text
     ballast.unlink()
@@ -55,4 +56,5 @@ def test_full_disk_costs_commits_but_no_step_until_there_is_room_again(cluster: 
     wait_for(lambda: launcher.text.count(" committed (") > committed, "the next commit")
     launcher.process.send_signal(signal.SIGTERM)
     assert launcher.wait() == ExitCode.PREEMPTED, launcher.text
+    assert job.commits()[-1] == job.done()
     assert "interrupted" not in launcher.text

@@ -149,6 +149,7 @@ def main() -> None:
     run = ftrain.join()
     injuries = Injuries(args.out, run)
     torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(1)  # however many ranks there are on a node
     torch.manual_seed(1)
     model: nn.Module = Network(args.width)
     if args.parallel == "fsdp":

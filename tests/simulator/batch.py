@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 
 from tests.simulator import bugs
 from tests.simulator.coverage import Coverage
-from tests.simulator.plan import draw
+from tests.simulator.plan import Plan, draw
 from tests.simulator.world import Outcome, World, simulate
 
 BATCH = 250
@@ -51,11 +51,20 @@ def run_batch(first: int, count: int, bug: str = "", stop_at_first: bool = False
     tally = Tally()
     with Coverage() as coverage, bugs.planted(bug) as prepare:
         for seed in range(first, first + count):
-            tally.add(simulate(draw(seed), prepare=prepare))
+            tally.add(simulate(drawn(seed, bug), prepare=prepare))
             if stop_at_first and tally.violations:
                 break
     tally.reached = coverage.reached
     return tally
+
+
+def drawn(seed: int, bug: str) -> Plan:
+    """The schedule of this seed, with one fault aimed to where the bug would show."""
+    plan = draw(seed)
+    if bug not in bugs.AIMS:
+        return plan
+    act, kind = bugs.AIMS[bug]
+    return replace(plan, aimed={(act, 1 + seed % 4): kind})
 
 
 def _batch(job: tuple[int, int, str]) -> Tally:
@@ -74,4 +83,4 @@ def run_many(first: int, count: int, bug: str, workers: int, progress: Callable[
 
 def trace(seed: int, bug: str) -> Outcome:
     with bugs.planted(bug) as prepare:
-        return World(draw(seed), tracing=True, prepare=prepare).run()
+        return World(drawn(seed, bug), tracing=True, prepare=prepare).run()

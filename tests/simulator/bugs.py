@@ -191,6 +191,13 @@ def _sweep_before_the_term_is_ours(_: ExitStack) -> Prepare:
     return prepare
 
 
+# Where a hunt for a bug that shows seldom aims a fault: the act of a coordinator, and what strikes right after it.
+AIMS = {
+    "attempt-numbers-used-again": ("arm", "pause coordinator"),
+    "sweep-before-the-term-is-ours": ("commit", "second coordinator"),
+    "stale-term-obeyed": ("arm", "pause coordinator"),
+}
+
 BUGS: dict[str, Callable[[ExitStack], Prepare | None]] = {
     "fence-left-out": _fence_left_out,
     "commit-before-the-last-prepare": _commit_before_the_last_prepare,

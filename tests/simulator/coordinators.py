@@ -87,7 +87,8 @@ class Coordinator:
             self._sweep(self.state.history)
         for name, link in list(self.peers.items()):
             if name not in self.state.nodes:
-                link.close()
+                del self.peers[name]
+                link.finish()
         self._set_timer()
 
     def _carry_out(self, action: run_state.Action) -> None:

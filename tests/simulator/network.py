@@ -73,6 +73,10 @@ class Link:
         if self.open or self.world.ghosts():
             self.agent.receive(message)
 
+    def finish(self) -> None:
+        """Close it once what was sent down has arrived."""
+        self.world.at(max(self.world.now, self.arrives_down) + 0.001, self.close)
+
     def close(self) -> None:
         """Both ends learn of it, each in its own time."""
         if self.open:

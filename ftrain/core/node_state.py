@@ -1,0 +1,346 @@
+"""An agent's vocabulary: its state, what can happen to it, what it can ask for. `core.node` decides on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import msgspec
+
+from ftrain.core import local
+from ftrain.core import messages as m
+
+Pages = Mapping[int, tuple[int, int]]  # rank -> (steps finished, phase), read just now
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    rank: int
+    local_rank: int
+    pid: int = 0
+    joined: bool = False
+    looping: local.WorkerLooping | None = None
+    at_end: bool = False
+    stall_seconds: float = 0.0
+    error: m.ErrorReport | None = None
+    exit: m.RankExit | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """This node's part of one attempt."""
+
+    attempt: m.Attempt
+    slot: int
+    hold: bool
+    sealed: frozenset[int] = frozenset()
+    packs: tuple[m.PackRecord, ...] = ()
+    failures: tuple[m.AttemptFailed, ...] = ()
+    armed: bool = False
+    decided: bool = False  # holding workers have their verdict
+
+
+class State(msgspec.Struct, frozen=True):  # not a dataclass: it is replaced many times an event, and this one is quick
+    hello: m.Hello
+    grace_seconds: float = 25.0
+    coordinator_wait_seconds: float = 600.0
+    term: int = 0
+    connected: bool = False
+    lost_at: float = 0.0
+    version: int = 0
+    beat: int = 0
+    generation: int = 0
+    start: m.Start | None = None
+    stopping: bool = False
+    workers: Mapping[int, Worker] = {}
+    snapshot: Snapshot | None = None
+    attempt_seen: int = 0
+    # Ranks that may still write the snapshot of a dead attempt: rank -> (that attempt's step, slot).
+    filling: Mapping[int, tuple[int, int]] = {}
+    writing: Mapping[tuple[m.Attempt, int], int] = {}  # (attempt, rank) -> slot being persisted
+    store: StoreUp | None = None  # of the coming or present generation; port 0 while it is being started
+    notice: str = ""
+    notice_until: float = float("inf")
+    leave: m.Leave | None = None
+    over: bool = False
+
+    @property
+    def alive(self) -> tuple[Worker, ...]:
+        return tuple(worker for worker in self.workers.values() if worker.exit is None)
+
+
+# -------------------------------------------------------------------------------------------------------------- events
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnected:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    message: m.FromCoordinator
+
+
+@dataclass(frozen=True, slots=True)
+class Forked:
+    rank: int
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSaid:
+    rank: int
+    message: local.FromWorker
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerExited:
+    exit: m.RankExit
+
+
+@dataclass(frozen=True, slots=True)
+class Armed:
+    """The answer to `ArmPages`. When not ok, `reached` are ranks that may have begun the snapshot all the same."""
+
+    attempt: m.Attempt
+    ok: bool
+    furthest: int
+    reached: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Disarmed:
+    attempt: m.Attempt
+    reached: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Persisted:
+    attempt: m.Attempt
+    pack: m.PackRecord
+
+
+@dataclass(frozen=True, slots=True)
+class PersistFailed:
+    attempt: m.Attempt
+    rank: int
+    cause: str  # "" when it was cancelled
+
+
+@dataclass(frozen=True, slots=True)
+class StoreUp:
+    generation: int
+    address: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoreDown:
+    """The store of that generation could not be started, or has ended."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Signalled:
+    why: str  # SIGTERM or SIGINT
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """Once every heartbeat interval, connected or not."""
+
+
+Event = (
+    Connected
+    | Disconnected
+    | Said
+    | Forked
+    | WorkerSaid
+    | WorkerExited
+    | Armed
+    | Disarmed
+    | Persisted
+    | PersistFailed
+    | StoreUp
+    | StoreDown
+    | Signalled
+    | Beat
+)
+
+# ------------------------------------------------------------------------------------------------------------- actions
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    message: m.FromAgent
+
+
+@dataclass(frozen=True, slots=True)
+class Reconnect:
+    """Drop the channel and look again: whoever answered is not the newest coordinator."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """Fork the generation's workers, answer each with `Forked`, later with `WorkerExited`."""
+
+    start: m.Start
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """End all workers: those that joined at once, others by SIGTERM and, `grace_seconds` later, SIGKILL."""
+
+    grace_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class ArmPages:
+    attempt: m.Attempt
+    slot: int
+    hold: bool
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DisarmPages:
+    attempt: m.Attempt
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SetVerdict:
+    attempt: m.Attempt
+    leave: bool
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReleasePages:
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Persist:
+    attempt: m.Attempt
+    rank: int
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class CancelPersist:
+    attempt: m.Attempt
+
+
+@dataclass(frozen=True, slots=True)
+class HostStore:
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Show:
+    text: str
+    level: str = "info"
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    code: int
+    summary: str
+
+
+Action = (
+    Send
+    | Reconnect
+    | Fork
+    | Kill
+    | ArmPages
+    | DisarmPages
+    | SetVerdict
+    | ReleasePages
+    | Persist
+    | CancelPersist
+    | HostStore
+    | Show
+    | Exit
+)
+
+
+class Turn:
+    """One call of `step`: the state as it changes, and the actions so far."""
+
+    __slots__ = ("actions", "now", "pages", "state")
+
+    def __init__(self, state: State, now: float, pages: Pages) -> None:
+        self.state = state
+        self.now = now
+        self.pages = pages
+        self.actions: list[Action] = []
+
+    def set(self, **changes: object) -> None:
+        self.state = msgspec.structs.replace(self.state, **changes)
+
+    def do(self, action: Action) -> None:
+        self.actions.append(action)
+
+    def send(self, message: m.FromAgent) -> None:
+        if self.state.connected and self.state.term:
+            self.actions.append(Send(message))
+
+    def changed(self) -> None:
+        self.send(m.Changed(self.report()))
+
+    def report(self) -> m.Report:
+        self.set(version=self.state.version + 1)
+        return report(self.state, self.pages)
+
+    def worker(self, rank: int, **changes: object) -> None:
+        worker = replace(self.state.workers[rank], **changes)  # type: ignore[arg-type]
+        self.set(workers={**self.state.workers, rank: worker})
+
+
+def report(state: State, pages: Pages) -> m.Report:
+    """What this node runs at this moment."""
+    workers = state.workers.values()
+    loops = [worker.looping for worker in workers if worker.looping is not None]
+    alive = state.alive
+    ranks = tuple(
+        m.RunningRank(w.rank, w.local_rank, w.pid, *pages.get(w.rank, (-1, 0)), w.joined, w.stall_seconds)
+        for w in alive
+    )
+    return m.Report(
+        version=state.version,
+        generation=state.generation,
+        stopped=not alive and (state.stopping or state.start is None),
+        attempt_seen=state.attempt_seen,
+        ranks=ranks,
+        exits=tuple(worker.exit for worker in workers if worker.exit is not None),
+        looping=bool(alive) and len(loops) == len(state.workers),
+        first_step=min((loop.step for loop in loops), default=-1),
+        total_steps=max((loop.total_steps for loop in loops), default=0),
+        at_end=bool(alive) and all(worker.at_end for worker in workers),
+    )
+
+
+def hello(state: State, pages: Pages) -> m.Hello:
+    """The introduction to whichever coordinator answers."""
+    return m.Hello(
+        node=state.hello.node,
+        node_rank=state.hello.node_rank,
+        processes=state.hello.processes,
+        address=state.hello.address,
+        host=state.hello.host,
+        pid=state.hello.pid,
+        run_id=state.hello.run_id,
+        job_sha256=state.hello.job_sha256,
+        version=state.hello.version,
+        term_seen=state.term,
+        report=report(state, pages),
+    )

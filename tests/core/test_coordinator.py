@@ -1,0 +1,413 @@
+"""The coordinator as scripted histories: what happened on the left, what it did about it on the right."""
+
+from __future__ import annotations
+
+import msgspec
+
+from ftrain.core import coordinator, journal, run_state
+from ftrain.core import messages as m
+from ftrain.core.journal import History, Outcome
+from ftrain.core.membership import FormationPolicy
+from ftrain.core.run_state import Disconnected, Phase, Received, RunPolicy, Stored
+from ftrain.core.schedule import CheckpointPolicy
+from ftrain.errors import ExitCode
+
+NODES = ("a", "b")
+POLICY = RunPolicy(
+    "run", "1", FormationPolicy(2, 2), checkpoint=CheckpointPolicy(every_steps=10, every_seconds=0.0, keep=1),
+    lease_seconds=10.0, stop_grace_seconds=3.0,
+)  # fmt: skip
+
+
+class Scene:
+    """A coordinator with two nodes of one rank each, and storage that does what it is told to, in order."""
+
+    def __init__(self, policy: RunPolicy = POLICY, history: History | None = None, writer: str = "c1") -> None:
+        self.state = coordinator.initial(policy, history or History(), writer)
+        self.now = 100.0
+        self.requests: list[journal.Create | journal.Read] = []
+        self.versions = dict.fromkeys(NODES, 0)
+        self.log: list[str] = []
+
+    def do(self, event: run_state.Event) -> list[str]:
+        """Feed one event; returns a transcript of the actions."""
+        self.state, actions = coordinator.step(self.state, event, self.now, self.now)
+        lines = [line for line in map(self._line, actions) if line]
+        self.log += lines
+        return lines
+
+    def _line(self, action: run_state.Action) -> str:
+        match action:
+            case run_state.Send(node, message):
+                return f"{node} <- {describe(message)}"
+            case run_state.Store(request):
+                self.requests.append(request)
+                if isinstance(request, journal.Read):
+                    return "read"
+                return f"append {describe(journal.decode(request.data, request.path).body)}"
+            case run_state.Publish(attempt):
+                return f"publish {attempt.step}"
+            case run_state.Discard(attempt):
+                return f"discard {attempt.step}.{attempt.number}"
+            case run_state.Interrupted(failure, _, furthest, resumes_at):
+                return f"interrupted at {furthest}, back to {resumes_at}: {failure.summary}"
+            case run_state.Exit(code, _):
+                return f"exit {code}"
+        return ""
+
+    def stored(self, outcome: Outcome = Outcome.CREATED) -> list[str]:
+        """Storage answers the oldest create."""
+        return self.do(Stored(journal.Created(self.requests.pop(0).path, outcome)))
+
+    def wait(self, seconds: float) -> list[str]:
+        self.now += seconds
+        return self.do(run_state.Tick())
+
+    def hello(self, node: str, report: m.Report | None = None, life: str = "", term_seen: int = 0) -> list[str]:
+        rank = NODES.index(node)
+        return self.do(
+            Received(
+                node + life,
+                m.Hello(node + life, rank, 1, "10.0.0.1", node, 1, "run", "job", "1", term_seen, report or m.Report()),
+            )
+        )
+
+    def report(self, node: str, **fields: object) -> list[str]:
+        """The node reports; a fresh version each time."""
+        self.versions[node] += 1
+        base = m.Report(version=self.versions[node], generation=self.state.number, stopped=False)
+        return self.do(Received(node, m.Changed(msgspec.structs.replace(base, **fields))))
+
+    def steps(self, node: str, step: int, **fields: object) -> list[str]:
+        """The node's worker is in its loop and has finished so many steps."""
+        rank = m.RunningRank(NODES.index(node), 0, 7, step, 3, joined=True)
+        return self.report(node, ranks=(rank,), looping=True, first_step=0, **fields)
+
+    def died(self, node: str, signal: int = 9, code: int = 0, ordered: bool = False, **fields: object) -> list[str]:
+        exit = m.RankExit(NODES.index(node), 0, 7, code, signal, 12, unix_seconds=self.now, ordered=ordered)
+        return self.report(node, exits=(exit,), **fields)
+
+    def say(self, node: str, message: m.FromAgent) -> list[str]:
+        return self.do(Received(node, message))
+
+    def running(self) -> Scene:
+        """As far as generation 1 with both workers in their loops."""
+        self.do(run_state.Begin())
+        self.hello("a")
+        self.hello("b")
+        self.stored()
+        self.stored()
+        self.say("a", m.StoreReady(self.state.number, "10.0.0.1", 29400))
+        self.steps("a", 0)
+        self.steps("b", 0)
+        return self
+
+    def armed(self) -> m.Attempt:
+        """Both nodes accept the attempt under way."""
+        assert self.state.barrier is not None
+        attempt = self.state.barrier.attempt
+        for node in NODES:
+            self.say(node, m.ArmReply(attempt, True))
+        return attempt
+
+    def prepared(self) -> m.Attempt:
+        attempt = self.armed()
+        for rank, node in enumerate(NODES):
+            self.say(node, m.Prepared(attempt, m.PackRecord(rank, f"packs/{rank}", "", "0" * 64, 1, 1, 1)))
+        return attempt
+
+    def committed(self) -> m.Attempt:
+        attempt = self.prepared()
+        self.do(run_state.Published(attempt, "f" * 64))
+        self.stored()
+        return attempt
+
+
+def describe(message: object) -> str:
+    match message:
+        case m.Arm(attempt=attempt, hold=hold):
+            return f"Arm {attempt.step}.{attempt.number}{' hold' if hold else ''}"
+        case m.Abort(attempt=attempt) | m.Committed(attempt=attempt):
+            return f"{type(message).__name__} {attempt.step}.{attempt.number}"
+        case m.Verdict(leave=leave):
+            return f"Verdict {'leave' if leave else 'go on'}"
+        case m.Start(generation=generation) | m.Stop(generation=generation) | m.Prepare(generation=generation):
+            return f"{type(message).__name__} {generation}"
+        case m.Leave(exit_code=code) | m.Declined(exit_code=code):
+            return f"{type(message).__name__} {int(code)}"
+    return type(message).__name__.removesuffix("Body").lower() if "Body" in type(message).__name__ else type(message).__name__
+
+
+def successor(scene: Scene, writer: str = "c2") -> Scene:
+    """Another coordinator that has read the same journal."""
+    return Scene(history=scene.state.history, writer=writer)
+
+
+# ------------------------------------------------------------------------------------------------------------- launch
+
+
+def test_launch_writes_each_record_before_it_acts_upon_it() -> None:
+    scene = Scene()
+    assert scene.do(run_state.Begin()) == ["append run"]
+    assert scene.hello("a") == []
+    assert scene.hello("b") == []
+    assert scene.stored() == ["a <- Welcome", "b <- Welcome", "append generation", "a <- Prepare 1"]
+    assert scene.say("a", m.StoreReady(1, "10.0.0.1", 29400)) == []
+    assert scene.stored() == ["a <- Start 1", "b <- Start 1"]
+    assert scene.state.phase is Phase.RUNNING
+
+
+def test_checkpoint_that_goes_well() -> None:
+    scene = Scene().running()
+    assert scene.log[-2:] == ["a <- Arm 10.1", "b <- Arm 10.1"]
+    attempt = scene.prepared()
+    assert scene.log[-1] == "publish 10"
+    assert scene.do(run_state.Published(attempt, "f" * 64)) == ["append commit"]
+    assert scene.stored()[:2] == ["a <- Committed 10.1", "b <- Committed 10.1"]
+
+
+def test_older_commit_is_retired_and_only_then_deleted() -> None:
+    scene = Scene().running()
+    scene.committed()
+    scene.steps("a", 11)
+    scene.steps("b", 11)
+    scene.committed()
+    assert scene.log[-1] == "a <- Arm 30.3" or "append retire" in scene.log
+    assert "discard 10.1" not in scene.log
+    assert scene.stored()[0] == "discard 10.1"
+
+
+def test_lost_start_is_said_again_at_the_next_report() -> None:
+    scene = Scene()
+    scene.do(run_state.Begin())
+    scene.hello("a")
+    scene.hello("b")
+    scene.stored()
+    scene.stored()
+    scene.say("a", m.StoreReady(1, "10.0.0.1", 29400))
+    assert scene.report("b", generation=0, stopped=True) == ["b <- Start 1"]
+
+
+def test_lost_arm_is_said_again_until_the_node_answers() -> None:
+    scene = Scene().running()
+    assert scene.steps("b", 1) == ["b <- Arm 10.1"]
+    scene.say("b", m.ArmReply(m.Attempt(1, 10, 1), True))
+    assert scene.steps("b", 2) == []
+
+
+def test_report_that_was_overtaken_changes_nothing() -> None:
+    scene = Scene().running()
+    scene.steps("a", 5)
+    old = m.Report(version=1, generation=1, stopped=False)
+    scene.do(Received("a", m.Heartbeat(9, old)))
+    assert scene.state.furthest == 5
+    scene.do(Received("a", m.Hello("a", 0, 1, "10.0.0.1", "a", 1, "run", "job", "1", 1, old)))
+    assert scene.state.furthest == 5
+
+
+# ----------------------------------------------------------------------------------------------------------- failures
+
+
+def test_rank_that_dies_starts_the_next_generation_from_the_newest_commit() -> None:
+    scene = Scene().running()
+    scene.committed()
+    scene.steps("b", 12)
+    lines = scene.died("a")
+    assert "b <- Stop 1" in lines
+    scene.died("a", stopped=True)
+    lines = scene.died("b", ordered=True, stopped=True)
+    assert lines[0] == "interrupted at 12, back to 10: rank 0 was killed by SIGKILL after step 12"
+    assert "append generation" in lines
+    assert scene.state.resume is not None
+    assert scene.state.resume.attempt == m.Attempt(1, 10, 1)
+
+
+def test_rank_that_dies_after_all_sealed_does_not_cost_the_commit() -> None:
+    scene = Scene().running()
+    attempt = scene.armed()
+    for rank, node in enumerate(NODES):
+        scene.say(node, m.Sealed(attempt, rank))
+    scene.died("a", stopped=True)
+    scene.died("b", ordered=True, stopped=True)
+    assert scene.state.phase is Phase.SETTLING
+    for rank, node in enumerate(NODES):
+        scene.say(node, m.Prepared(attempt, m.PackRecord(rank, f"packs/{rank}", "", "0" * 64, 1, 1, 1)))
+    assert scene.do(run_state.Published(attempt, "f" * 64)) == ["append commit"]
+    assert "append generation" not in scene.log[scene.log.index("append commit") :]
+    scene.stored()
+    assert scene.state.resume is not None
+    assert scene.state.resume.attempt == attempt
+
+
+def test_silent_node_is_lost_when_its_lease_runs_out() -> None:
+    scene = Scene().running()
+    scene.now += 9.0
+    scene.steps("a", 3)
+    lines = scene.wait(2.0)
+    assert "a <- Stop 1" in lines
+    assert scene.state.gone == {"b"}
+
+
+def test_node_whose_workers_a_stale_coordinator_stopped_ends_the_generation() -> None:
+    scene = Scene().running()
+    lines = scene.died("b", ordered=True, stopped=True)
+    assert "a <- Stop 1" in lines
+    assert scene.state.failure is not None
+    assert scene.state.failure.summary == "node 1 (b) was stopped by a former coordinator"
+
+
+def test_new_life_of_a_node_replaces_the_old_one() -> None:
+    scene = Scene().running()
+    lines = scene.hello("b", life=".2")
+    assert "a <- Stop 1" in lines
+    assert set(scene.state.nodes) == {"a", "b.2"}
+
+
+# ------------------------------------------------------------------------------------------------- two coordinators
+
+
+def test_successor_carries_on_with_a_generation_that_runs() -> None:
+    first = Scene().running()
+    second = successor(first)
+    second.do(run_state.Begin())
+    second.stored()
+    alive = m.Report(version=9, generation=1, stopped=False, attempt_seen=1, looping=True, first_step=0)
+    for node in NODES:
+        rank = m.RunningRank(NODES.index(node), 0, 7, 4, 3, joined=True)
+        lines = second.hello(node, msgspec.structs.replace(alive, ranks=(rank,)), term_seen=1)
+    assert second.state.phase is Phase.RUNNING
+    assert "a <- Stop 1" not in second.log
+    assert lines[0] == "b <- Welcome"
+
+
+def test_successor_numbers_its_attempts_apart_from_those_that_nobody_saw() -> None:
+    first = Scene().running()
+    second = successor(first)
+    second.do(run_state.Begin())
+    second.stored()
+    for node in NODES:
+        rank = m.RunningRank(NODES.index(node), 0, 7, 4, 3, joined=True)
+        second.hello(node, m.Report(9, 1, False, 0, (rank,), looping=True, first_step=0), term_seen=1)
+    assert second.state.barrier is not None
+    assert first.state.barrier is not None
+    assert second.state.barrier.attempt.step == first.state.barrier.attempt.step
+    assert second.state.barrier.attempt.path != first.state.barrier.attempt.path
+
+
+def test_stale_coordinator_that_finds_its_name_taken_says_nothing_more() -> None:
+    stale = Scene().running()
+    attempt = stale.prepared()
+    stale.do(run_state.Published(attempt, "f" * 64))
+    create = stale.requests[0]
+    assert stale.stored(Outcome.EXISTS) == ["read"]
+    other = journal.encode(journal.Record(3, "x", "c2:3", 0.0, journal.RunBody("run", "job", "1")))
+    assert stale.do(Stored(journal.ReadBack(create.path, other))) == [f"exit {int(ExitCode.FAILED)}"]
+    assert stale.say("a", m.Sealed(attempt, 0)) == []
+    assert stale.wait(100.0) == []
+
+
+def test_stale_coordinator_that_waits_for_nodes_looks_and_stops() -> None:
+    stale = Scene()
+    stale.do(run_state.Begin())
+    stale.hello("a")
+    assert "read" in stale.stored()
+    request = stale.requests.pop()
+    assert stale.do(Stored(journal.ReadBack(request.path, b"somebody else's"))) == [f"exit {int(ExitCode.FAILED)}"]
+
+
+def test_member_that_left_before_the_takeover_was_recorded_is_not_adopted() -> None:
+    second = successor(Scene().running())
+    second.do(run_state.Begin())
+    rank = m.RunningRank(0, 0, 7, 4, 3, joined=True)
+    second.hello("a", m.Report(9, 1, False, 0, (rank,), looping=True), term_seen=1)
+    second.hello("b", m.Report(9, 1, False, 0, (rank,), looping=True), term_seen=1)
+    second.do(Disconnected("a"))
+    second.stored()
+    assert second.state.phase is Phase.ADOPTING
+
+
+# ------------------------------------------------------------------------------------------------------------ storage
+
+
+def test_commit_record_without_a_reply_is_read_back_before_anything_is_said() -> None:
+    scene = Scene().running()
+    attempt = scene.prepared()
+    scene.do(run_state.Published(attempt, "f" * 64))
+    create = scene.requests[0]
+    assert isinstance(create, journal.Create)
+    assert scene.stored(Outcome.UNKNOWN) == ["read"]
+    scene.died("a")
+    assert not [line for line in scene.log if line.startswith(("discard", "a <- Abort"))]
+    assert scene.do(Stored(journal.ReadBack(create.path, create.data)))[0] == "a <- Committed 10.1"
+
+
+def test_manifest_that_cannot_be_written_aborts_and_pauses() -> None:
+    scene = Scene().running()
+    attempt = scene.prepared()
+    lines = scene.do(run_state.Published(attempt, "", "disk full"))
+    assert lines == ["a <- Abort 10.1", "b <- Abort 10.1", "discard 10.1"]
+    assert scene.wait(1.0) == ["a <- Arm 10.2", "b <- Arm 10.2"]
+
+
+# ------------------------------------------------------------------------------------------------------------- leaving
+
+
+def test_preempted_run_saves_its_last_step_and_leaves() -> None:
+    scene = Scene().running()
+    lines = [*scene.say("a", m.Notice("SIGTERM", 25.0)), *scene.say("b", m.Notice("SIGTERM", 25.0))]
+    assert [line for line in lines if "Arm" in line] == ["a <- Arm 2.2 hold", "b <- Arm 2.2 hold"]
+    attempt = scene.armed()
+    assert scene.log[-2:] == ["a <- Verdict leave", "b <- Verdict leave"]
+    for rank, node in enumerate(NODES):
+        scene.died(node, signal=0, code=int(ExitCode.PREEMPTED))
+        scene.say(node, m.Prepared(attempt, m.PackRecord(rank, f"packs/{rank}", "", "0" * 64, 1, 1, 1)))
+    scene.do(run_state.Published(attempt, "f" * 64))
+    lines = scene.stored()
+    assert lines[-2:] == ["a <- Leave 75", "b <- Leave 75"]
+
+
+def test_finished_run_is_recorded_before_the_nodes_are_let_go() -> None:
+    scene = Scene().running()
+    for node in NODES:
+        scene.steps(node, 10, total_steps=10, at_end=True)
+    scene.committed()
+    assert scene.log[-2:] == ["a <- Release", "b <- Release"]
+    scene.died("a", signal=0)
+    assert scene.died("b", signal=0) == ["append finish"]
+    assert scene.stored() == ["a <- Leave 0", "b <- Leave 0"]
+    scene.do(Disconnected("a"))
+    assert scene.do(Disconnected("b")) == ["exit 0"]
+
+
+def test_lost_release_is_said_again_to_who_still_waits() -> None:
+    scene = Scene().running()
+    for node in NODES:
+        scene.steps(node, 10, total_steps=10, at_end=True)
+    scene.committed()
+    scene.died("a", signal=0)
+    assert scene.steps("b", 10, total_steps=10, at_end=True) == ["b <- Release"]
+
+
+def test_same_error_twice_gives_up_and_says_so() -> None:
+    scene = Scene().running()
+    for generation in (1, 2):
+        error = m.ErrorReport("ValueError", "bad", "Traceback: bad", "train.py:3", scene.now)
+        for node in NODES:
+            exit = m.RankExit(NODES.index(node), 0, 7, 1, 0, 12, error=error, unix_seconds=scene.now)
+            scene.report(node, exits=(exit,), stopped=True)
+        if generation == 1:
+            scene.stored()
+            scene.say("a", m.StoreReady(2, "10.0.0.1", 29400))
+            scene.steps("a", 0)
+            scene.steps("b", 0)
+    assert scene.log[-1] == "append finish"
+    assert scene.state.exit_code == ExitCode.FAILED
+    assert "the same error came back at step 12" in scene.state.summary
+    assert scene.state.summary.endswith("Traceback: bad")
+
+
+def test_node_of_another_run_is_declined_and_forgotten() -> None:
+    scene = Scene().running()
+    stranger = m.Hello("x", -1, 1, "10.0.0.9", "x", 1, "another", "job", "1", 0)
+    assert scene.do(Received("x", stranger)) == [f"x <- Declined {int(ExitCode.USAGE)}"]
+    assert "x" not in scene.state.nodes

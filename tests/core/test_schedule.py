@@ -1,0 +1,63 @@
+"""At which step the next checkpoint is."""
+
+from __future__ import annotations
+
+import pytest
+
+from ftrain.core import schedule
+from ftrain.core.schedule import Cadence, CheckpointPolicy
+
+STEPS = CheckpointPolicy(every_steps=10, every_seconds=0.0)
+SECONDS = CheckpointPolicy(every_seconds=60.0)
+
+
+@pytest.mark.parametrize(
+    ("furthest", "step"),
+    [(0, 10), (8, 10), (9, 10), (10, 20), (-1, 10)],
+)
+def test_period_in_steps_proposes_the_next_multiple(furthest: int, step: int) -> None:
+    assert schedule.next_step(STEPS, Cadence(), furthest, total=0) == step
+
+
+def test_period_in_seconds_looks_a_little_ahead_and_further_after_each_refusal() -> None:
+    cadence, steps = Cadence(), []
+    for _ in range(4):
+        steps.append(schedule.next_step(SECONDS, cadence, furthest=100, total=0))
+        cadence = schedule.after_refusal(cadence, 100)
+    assert steps == [102, 104, 108, 116]
+
+
+def test_step_that_was_refused_is_not_proposed_again() -> None:
+    assert schedule.next_step(STEPS, schedule.after_refusal(Cadence(), 25), furthest=9, total=0) == 30
+
+
+def test_step_that_was_committed_is_not_proposed_again() -> None:
+    cadence = schedule.after_commit(STEPS, Cadence(failures=3), 20, now=7.0)
+    assert (cadence.failures, cadence.beyond) == (0, 20)
+    assert schedule.next_step(STEPS, cadence, furthest=15, total=0) == 30
+
+
+def test_last_step_is_always_worth_a_commit() -> None:
+    assert schedule.next_step(STEPS, Cadence(), furthest=12, total=15) == 15
+    assert schedule.next_step(STEPS, Cadence(), furthest=15, total=15) is None
+
+
+def test_failures_pause_longer_and_longer() -> None:
+    cadence, pauses = Cadence(), []
+    for _ in range(5):
+        cadence = schedule.after_failure(cadence, now=100.0)
+        pauses.append(cadence.retry_at - 100.0)
+    assert pauses == [1.0, 5.0, 20.0, 60.0, 60.0]
+
+
+def test_lookahead_has_a_bound() -> None:
+    cadence = Cadence()
+    for _ in range(100):
+        cadence = schedule.after_refusal(cadence, 5)
+    assert cadence.lookahead == schedule.LOOKAHEAD_MAX
+
+
+def test_policy_without_a_period_is_off() -> None:
+    assert CheckpointPolicy(every_steps=0, every_seconds=0.0).off
+    assert not STEPS.off
+    assert not SECONDS.off
