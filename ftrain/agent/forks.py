@@ -88,6 +88,8 @@ class Nursery:
         # The end of the socket tells it to kill its descendants and end.
         self._socket.close()
         self._socket = None
+        if not self._ready.done():
+            self._process.kill()  # it still imports: nothing is below it, and it does not listen yet
         await loop.run_in_executor(None, _finish, self._process)
 
     def _post(self, message: nursery.Signal | nursery.Sweep) -> None:

@@ -52,13 +52,16 @@ class Checkpoint:
     def open(cls, storage: Storage, path: str, manifest_sha256: str | None = None) -> Checkpoint:
         """Open the checkpoint whose attempt is at `path`, and prove its manifest and indexes.
 
-        `manifest_sha256` is what the journal's commit says. Raises `CheckpointNotFound` where there is no manifest, and
-        `CorruptCheckpoint` where any record is damaged, missing, or does not belong to the others.
+        `manifest_sha256` is what the journal's commit says. Raises `CheckpointNotFound` where there is no manifest and
+        nobody said that there is one, and `CorruptCheckpoint` where any record is damaged, missing, or does not belong
+        to the others.
         """
         where = f"{path}/{MANIFEST_PATH}"
         try:
             data = storage.read(where)
         except NotFound:
+            if manifest_sha256 is not None:
+                raise CorruptCheckpoint(f"{where}: the manifest of a committed checkpoint is gone") from None
             raise CheckpointNotFound(
                 f"{storage.url}/{path} is not a committed checkpoint: it has no {MANIFEST_PATH}"
             ) from None

@@ -133,6 +133,8 @@ def _take_over(turn: Turn) -> None:
         turn.set(gone=frozenset(gone))
     for node in state.nodes:
         reception.welcome(turn, node)
+    if state.drain is not None:
+        leaving.drained(turn)
 
 
 def _published(turn: Turn, attempt: m.Attempt, manifest_sha256: str, cause: str) -> None:

@@ -7,8 +7,11 @@ has what it cannot do.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import ctypes
 import os
+import threading
 import weakref
 from collections.abc import Callable
 from datetime import timedelta
@@ -24,6 +27,7 @@ from ftrain.errors import UsageError
 
 BACKEND = "ftrain"
 LOOPBACK_INTERFACE = "lo"
+LEAVE_SECONDS = 1.0  # for the groups' destruction at the end; it takes milliseconds unless a collective is stuck
 
 # Every collective that a ProcessGroup has, and what the control page calls it.
 COLLECTIVES = {
@@ -217,16 +221,31 @@ def register(generation: int, loopback: bool, watcher: Watcher | None) -> None:
     dist.Backend.register_backend(BACKEND, create, extended_api=True, devices=["cpu", "cuda"])
 
 
-def leave() -> None:
-    """Let this process end without waiting for a peer: one that died or is stuck would never answer.
+def destroy_at_exit() -> None:
+    """Destroy the groups at the end of the process, but do not wait for a peer that died or hangs.
 
-    The destructor of a gloo group joins threads that may be inside a collective, so the groups are kept from it: the
-    end of the process closes their sockets all the same. NCCL is told to abort, for its threads end only when told.
+    The destructor of a gloo group joins threads that may be inside a collective. They have to be gone before Python is,
+    for they may hold tensors; so that is tried for a moment, by a thread of its own. Where it comes to no end,
+    a collective is stuck, the groups are kept from their destructors, and the kernel closes the sockets.
     """
-    for group in list(_live):
-        inner = group._inner
-        if inner is None:
-            continue
-        if torch.device("cuda") in inner._device_types:
-            inner._get_backend(torch.device("cuda")).abort()
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(inner))
+    ending = threading.Event()
+
+    def destroy() -> None:
+        ending.wait()
+        if dist.is_initialized():
+            with contextlib.suppress(RuntimeError, ValueError):  # a peer that left first
+                dist.destroy_process_group()
+
+    # Started now: at the end of the process Python starts no threads any more.
+    thread = threading.Thread(target=destroy, name="ftrain-leave", daemon=True)
+    thread.start()
+
+    def leave() -> None:
+        ending.set()
+        thread.join(LEAVE_SECONDS)
+        if thread.is_alive():
+            for group in list(_live):
+                if group._inner is not None:
+                    ctypes.pythonapi.Py_IncRef(ctypes.py_object(group._inner))
+
+    atexit.register(leave)

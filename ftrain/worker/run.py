@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import math
 import os
 import sys
@@ -167,7 +166,7 @@ class Run:
             store: Store = dist.HashStore()
         elif self._link is None:
             dist.init_process_group(process_group.BACKEND, timeout=GROUP_TIMEOUT)
-            atexit.register(process_group.leave)
+            process_group.destroy_at_exit()
             return dist.HashStore()
         else:
             if host is None or port is None:
@@ -180,7 +179,7 @@ class Run:
             world_size=self.world_size,
             timeout=GROUP_TIMEOUT,
         )
-        atexit.register(process_group.leave)
+        process_group.destroy_at_exit()
         return PrefixStore(f"ftrain/exchange/{self.generation}", store)
 
 

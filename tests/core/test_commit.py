@@ -80,22 +80,36 @@ def test_refusal_aborts_and_says_how_far_that_node_is() -> None:
 
 @pytest.mark.parametrize(("sealed", "stage"), [((), Stage.ABORTED), ((0,), Stage.ARMED)])
 def test_worker_lost_before_its_seal_aborts_and_after_it_does_not(sealed: tuple[int, ...], stage: Stage) -> None:
-    events = [commit.Accepted("a"), commit.Accepted("b"), *map(commit.RankSealed, sealed)]
+    events: list[commit.Event] = [commit.Accepted("a"), commit.Accepted("b"), *map(commit.RankSealed, sealed)]
     state, _ = play(barrier(), *events, commit.WorkersLost(frozenset({0}), "rank 0 died"))
     assert state.stage is stage
 
 
 def test_arena_lost_before_its_pack_is_durable_aborts() -> None:
-    armed = [commit.Accepted("a"), commit.Accepted("b"), commit.RankSealed(0), commit.RankSealed(1), prepared(0)]
+    armed: list[commit.Event] = [
+        commit.Accepted("a"),
+        commit.Accepted("b"),
+        commit.RankSealed(0),
+        commit.RankSealed(1),
+        prepared(0),
+    ]
     gone = commit.ArenasLost(frozenset({1}), "node b is gone")
     assert play(barrier(), *armed, gone)[0].stage is Stage.ABORTED
     assert play(barrier(), *armed, commit.ArenasLost(frozenset({0}), "node a is gone"))[0].stage is Stage.SEALED
     assert play(barrier(), *armed, prepared(1), gone)[0].stage is Stage.PREPARED
 
 
-@pytest.mark.parametrize("event", [event for event in EVENTS if (Stage.RECORDING, type(event)) in commit.TABLE], ids=str)
+@pytest.mark.parametrize(
+    "event", [event for event in EVENTS if (Stage.RECORDING, type(event)) in commit.TABLE], ids=str
+)
 def test_nothing_aborts_an_attempt_whose_record_is_being_written(event: commit.Event) -> None:
-    steps = [commit.Accepted("a"), commit.Accepted("b"), prepared(0), prepared(1), commit.Published("f" * 64)]
+    steps: list[commit.Event] = [
+        commit.Accepted("a"),
+        commit.Accepted("b"),
+        prepared(0),
+        prepared(1),
+        commit.Published("f" * 64),
+    ]
     state, _ = play(barrier(), *steps)
     assert play(state, event)[0].stage in (Stage.RECORDING, Stage.COMMITTED)
 

@@ -19,7 +19,9 @@ def appender(writer: str = "c1") -> journal.Appender:
     return journal.Appender(writer, Head())
 
 
-def play(state: journal.Appender, *events: journal.Event, now: float = 0.0) -> tuple[journal.Appender, list[journal.Action]]:
+def play(
+    state: journal.Appender, *events: journal.Event, now: float = 0.0
+) -> tuple[journal.Appender, list[journal.Action]]:
     asked: list[journal.Action] = []
     for event in events:
         state, actions = journal.step(state, event, now, 1000.0)
@@ -109,7 +111,13 @@ def test_append_during_a_probe_is_written_after_it() -> None:
 
 def test_history_follows_the_chain() -> None:
     history = History()
-    bodies = (RUN, journal.GenerationBody(1, 2, (), None), COMMIT, journal.RetireBody(ATTEMPT), journal.FinishBody(0, 10, "done"))
+    bodies: tuple[journal.Body, ...] = (
+        RUN,
+        journal.GenerationBody(1, 2, (), None),
+        COMMIT,
+        journal.RetireBody(ATTEMPT),
+        journal.FinishBody(0, 10, "done"),
+    )
     for sequence, body in enumerate(bodies, 1):
         record = Record(sequence, history.head.digest, f"c1:{sequence}", 0.0, body)
         history = history.after(record, journal.digest(journal.encode(record)))

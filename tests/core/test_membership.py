@@ -55,7 +55,10 @@ def test_nodes_keep_their_places_and_newcomers_come_last() -> None:
     previous = form(node("x"), node("b"), node("c"), now=0.0)
     assert isinstance(previous, Generation)
     kept = [member.node for member in previous.members if member.node != "x"]
-    assert names(form(node("new"), node("c", joined_at=3.0), node("b", joined_at=2.0), now=9.0, previous=previous)) == [*kept, "new"]
+    assert names(form(node("new"), node("c", joined_at=3.0), node("b", joined_at=2.0), now=9.0, previous=previous)) == [
+        *kept,
+        "new",
+    ]
 
 
 def test_node_that_is_gone_or_busy_does_not_count() -> None:

@@ -156,7 +156,7 @@ def test_older_generation_is_neither_stopped_nor_armed() -> None:
 def test_stop_ends_the_workers_and_is_reported_when_they_are_gone() -> None:
     scene = Scene().looping()
     assert scene.say(m.Stop(1, 1, "a rank died", 3.0)) == ["kill 3", "say Changed looping 1"]
-    assert scene.exited(2) == ["say Changed running 1"]
+    assert scene.exited(2) == ["say Changed looping 1"]
     assert scene.exited(3) == ["say Changed stopped 1"]
     assert not any(exit.failed for exit in node.report(scene.state, {}).exits)
 
@@ -171,7 +171,7 @@ def test_stop_of_a_generation_that_never_came_here_is_remembered() -> None:
 def test_stop_of_a_later_generation_ends_the_workers_of_the_present_one_first() -> None:
     scene = Scene().looping()
     assert scene.say(m.Stop(1, 2, "leaving", 3.0)) == ["kill 3", "say Changed looping 1"]
-    assert scene.exited(2) == ["say Changed running 1"]
+    assert scene.exited(2) == ["say Changed looping 1"]
     assert scene.exited(3) == ["say Changed stopped 1"]
     assert scene.say(m.Stop(1, 2, "leaving", 3.0)) == ["say Changed stopped 2"]
 
@@ -204,6 +204,8 @@ def test_declined_agent_leaves_no_worker_behind() -> None:
 def test_first_signal_is_passed_on_and_the_second_ends_at_once() -> None:
     scene = Scene().looping()
     assert scene.do(node.Signalled("SIGTERM")) == ["Show", "say Notice"]
+    assert scene.do(node.Signalled("SIGTERM")) == []  # the same one, sent to the whole group
+    scene.now += 5.0
     assert scene.do(node.Signalled("SIGTERM")) == ["kill 0"]
     scene.exited(2)
     assert scene.exited(3)[-1] == f"exit {int(ExitCode.PREEMPTED_UNSAVED)}"

@@ -10,7 +10,9 @@ from ftrain.core.supervision import Budget, Failure, FailureClass, GiveUp, Resta
 
 POLICY = RestartPolicy()
 KILLED = Failure(FailureClass.SIGNAL, "a", "rank 0 was killed by SIGKILL after step 3", 0, 3)
-RAISED = Failure(FailureClass.EXCEPTION, "a", "rank 1 raised ValueError", 1, 3, "Traceback", "ValueError|train.py:7|bad|3")
+RAISED = Failure(
+    FailureClass.EXCEPTION, "a", "rank 1 raised ValueError", 1, 3, "Traceback", "ValueError|train.py:7|bad|3"
+)
 
 
 def raised(rank: int, message: str, at: float, kind: str = "ValueError", ordered: bool = False) -> RankExit:
@@ -33,7 +35,9 @@ def test_failures_without_progress_pause_longer_and_then_give_up() -> None:
         assert isinstance(verdict, Restart)
         delays.append(verdict.delay_seconds)
     assert delays == [0.0, 1.0, 4.0]
-    assert supervision.judge(POLICY, budget, KILLED, progressed=False)[1] == GiveUp("3 restarts in a row without a new commit")
+    assert supervision.judge(POLICY, budget, KILLED, progressed=False)[1] == GiveUp(
+        "3 restarts in a row without a new commit"
+    )
 
 
 def test_same_error_twice_without_a_commit_gives_up_at_once() -> None:
@@ -51,7 +55,9 @@ def test_same_error_with_a_commit_between_is_tried_again() -> None:
 @pytest.mark.parametrize("kind", [FailureClass.NODE, FailureClass.CORRUPT])
 def test_lost_node_or_damaged_checkpoint_uses_no_budget(kind: FailureClass) -> None:
     budget = Budget(restarts=9, without_progress=3)
-    budget, verdict = supervision.judge(RestartPolicy(max_restarts=0), budget, Failure(kind, "a", "gone"), progressed=False)
+    budget, verdict = supervision.judge(
+        RestartPolicy(max_restarts=0), budget, Failure(kind, "a", "gone"), progressed=False
+    )
     assert verdict == Restart(0.0)
     assert budget.without_progress == 3
 

@@ -70,18 +70,20 @@ class Job:
     def samples(self) -> list[list[int]]:
         """The samples of each step over all ranks, as they count in the end."""
         last = {step.number: step.generation for step in self.steps()}
-        return [
-            sorted(one for step in self.steps() if (step.number, step.generation) == (number, last[number]) for one in step.samples)
-            for number in sorted(last)
-        ]
+        found: dict[int, list[int]] = {number: [] for number in sorted(last)}
+        for step in self.steps():
+            if step.generation == last[step.number]:
+                found[step.number] += step.samples
+        return [sorted(samples) for samples in found.values()]
 
     def end(self) -> list[dict[str, Any]]:
         """By rank, what it held at the end."""
         return [json.loads(path.read_text()) for path in sorted(self.out.glob("end-r*.json"))]
 
     def journal(self, kind: str) -> list[dict[str, Any]]:
-        records = [json.loads(path.read_bytes())["record"] for path in sorted((self.run_dir / "journal").glob("*.json"))]
-        return [record["body"] for record in records if record["body"]["kind"] == kind]
+        paths = sorted((self.run_dir / "journal").glob("*.json"))
+        bodies = [json.loads(path.read_bytes())["record"]["body"] for path in paths]
+        return [body for body in bodies if body["kind"] == kind]
 
     def commits(self) -> list[int]:
         """The steps of all commits that the run ever made."""

@@ -1,4 +1,4 @@
-"""`ftrain`, whose agent kills itself at one place of its saving: FTRAIN_TEST_PLACE says where, FTRAIN_TEST_STEP when."""
+"""`ftrain`, whose agent kills itself while it saves: FTRAIN_TEST_PLACE says where, FTRAIN_TEST_STEP when."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """A training that is small enough to be hurt often, and that accounts for every step it does.
 
-It has what a checkpoint must bring back: parameters, optimizer state, a schedule, BatchNorm's buffers, dropout and other
-random numbers, and shuffled data. Each rank writes a line for each step that it finishes (`steps-gGGGG-rR.jsonl`: step,
-sample numbers, a digest of the whole state), and at the end a digest of all that it holds (`end-rR.json`).
+It has what a checkpoint must bring back: parameters, optimizer state, a schedule, BatchNorm's buffers, dropout and
+other random numbers, and shuffled data. Each rank writes a line for each step that it finishes
+(`steps-gGGGG-rR.jsonl`: step, sample numbers, a digest of the whole state), and at the end a digest of all that it
+holds (`end-rR.json`).
 
 FTRAIN_TEST_INJURIES, a list of {point, rank, step, how}, is what to do to itself, each once: `point` says where in that
 step, or where in the first snapshot that is taken at that step or later; `how` is a signal's name, "raise" or "exit".
@@ -131,9 +132,7 @@ def digest(tensors: Iterable[torch.Tensor]) -> str:
 
 def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     """What all ranks have in common."""
-    return [
-        tensor for parameter in model.parameters() for tensor in (parameter, *optimizer.state[parameter].values())
-    ]
+    return [tensor for parameter in model.parameters() for tensor in (parameter, *optimizer.state[parameter].values())]
 
 
 def main() -> None:

@@ -40,8 +40,8 @@ def main() -> int:
 
 def _print(tally: Tally, seconds: float) -> None:
     print(
-        f"{tally.schedules} schedules, {tally.events} events, {tally.commits} commits, {tally.finished} runs to their end, "
-        f"{seconds:.0f} s"
+        f"{tally.schedules} schedules, {tally.events} events, {tally.commits} commits, "
+        f"{tally.finished} runs to their end, {seconds:.0f} s"
     )
     print("faults: " + ", ".join(f"{kind} {count}" for kind, count in sorted(tally.faults.items())))
     listed = {(stage.value, event.__name__) for stage, event in commit.TABLE}

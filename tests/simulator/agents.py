@@ -100,7 +100,9 @@ class Agent:
                     self.workers[rank].page.release = 1
                 self._notify(ranks)
             case node.Persist(attempt, rank, slot):
-                self.world.after(0.01 * self.world.random(), self._persist, attempt, rank, slot, self.workers[rank].arena)
+                self.world.after(
+                    0.01 * self.world.random(), self._persist, attempt, rank, slot, self.workers[rank].arena
+                )
             case node.CancelPersist(attempt):
                 self.cancelled.add(attempt)
             case node.HostStore(generation):
@@ -196,7 +198,7 @@ class Agent:
     # ------------------------------------------------------------------------------------------------------ snapshots
 
     def _arm(self, action: node.ArmPages) -> None:
-        """Store ARMED on all pages; load STEP a moment later: workers run in between, this agent's own events do not."""
+        """Store ARMED on all pages; load STEP a moment later: workers run in between, the agent's own events do not."""
         attempt = action.attempt
         for rank in action.ranks:
             page = self.workers[rank].page
@@ -245,7 +247,9 @@ class Agent:
     def _read_slot(self, attempt: m.Attempt, rank: int, slot: int, arena: Arena, begun: object) -> None:
         if self.alive:
             content = begun if arena.slots[slot] == begun else "torn"
-            self.world.storage.write(attempt, f"packs/{rank}", content, lambda cause: self._persisted(attempt, rank, cause))
+            self.world.storage.write(
+                attempt, f"packs/{rank}", content, lambda cause: self._persisted(attempt, rank, cause)
+            )
 
     def _persisted(self, attempt: m.Attempt, rank: int, cause: str) -> None:
         if attempt in self.cancelled:

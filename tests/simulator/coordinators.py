@@ -78,15 +78,16 @@ class Coordinator:
         if not world.healed:
             for action in actions:
                 world.did(_act(action))
-        if not self.alive:
-            return
         if self.over:
             self._close()
-            return
-        if self.state.term and not self.swept:
-            self._sweep(self.state.history)
+        elif self.alive:
+            self._follow_up(self.state)
+
+    def _follow_up(self, state: run_state.State) -> None:
+        if state.term and not self.swept:
+            self._sweep(state.history)
         for name, link in list(self.peers.items()):
-            if name not in self.state.nodes:
+            if name not in state.nodes:
                 del self.peers[name]
                 link.finish()
         self._set_timer()
@@ -168,7 +169,8 @@ class Coordinator:
     def _close(self) -> None:
         for link in list(self.links):
             link.close()
-        self.world.coordinator_ended(self)
+        if self in self.world.coordinators:
+            self.world.coordinator_ended(self)
 
 
 def _act(action: run_state.Action) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import Any, Self
 
 from ftrain.core import commit
 
@@ -22,7 +22,7 @@ class Coverage:
     def __init__(self) -> None:
         self.reached: Counter[tuple[str, str]] = Counter()
 
-    def __enter__(self) -> Coverage:
+    def __enter__(self) -> Self:
         self._table = commit.TABLE
         counting = _Counting(commit.TABLE)
         counting.reached = self.reached

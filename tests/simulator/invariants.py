@@ -1,8 +1,8 @@
 """What must be true, kept apart from everybody's opinion: read off storage itself, and checked at every event.
 
-Promise 1: a committed checkpoint that is not retired has, for good, its manifest and the packs of exactly the ranks of its
-world, all of its own attempt. Promise 2: the journal is one chain, only its newest coordinator continues it, and nobody
-obeys or announces anything else.
+Promise 1: a committed checkpoint that is not retired has, for good, its manifest and the packs of exactly the ranks of
+its world, all of its own attempt. Promise 2: the journal is one chain, only its newest coordinator continues it, and
+nobody obeys or announces anything else.
 """
 
 from __future__ import annotations
@@ -72,6 +72,9 @@ class Truth:
             raise Violation(f"generation {body.generation} is in the journal twice")
         if self.worlds and body.generation <= max(self.worlds):
             raise Violation(f"generation {body.generation} follows {max(self.worlds)}")
+        asked = [member.node_rank for member in body.members if member.node_rank >= 0]
+        if len(asked) != len(set(asked)):
+            raise Violation(f"generation {body.generation} has one node rank twice: {asked}")
         self.worlds[body.generation] = body.world_size
         for _, commit in reversed(self.history.commits):
             if commit.attempt == body.resumes:
@@ -123,7 +126,7 @@ class Truth:
             raise Violation(f"{attempt} is deleted though it is committed and not retired")
 
     def power_was_cut(self) -> None:
-        """Read everything again: what was committed before must have stayed, unless the very last record was in flight."""
+        """Read everything again: what was committed before must have stayed, unless its record was still in flight."""
         before = self.history
         after = journal.History()
         try:
@@ -192,9 +195,11 @@ class Truth:
             case m.Arm(attempt=attempt):
                 self.attempts.add(attempt)
 
-    # ------------------------------------------------------------------------------------------------------------ agents
+    # ----------------------------------------------------------------------------------------------------------- agents
 
-    def agent_stepped(self, who: Agent, before: node.State, event: node.Event, actions: tuple[node.Action, ...]) -> None:
+    def agent_stepped(
+        self, who: Agent, before: node.State, event: node.Event, actions: tuple[node.Action, ...]
+    ) -> None:
         after = who.state
         if after.term < before.term:
             raise Violation(f"{who.name} went back from term {before.term} to {after.term}")
@@ -210,11 +215,17 @@ class Truth:
         alive = [worker.rank for worker in who.workers.values() if worker.alive]
         if alive:
             raise Violation(f"{who.name} ends though its ranks {alive} are alive")
-        left = [exit.step for exit in (known.exit for known in who.state.workers.values()) if exit and exit.code == ExitCode.PREEMPTED]
+        left = [
+            exit.step
+            for exit in (known.exit for known in who.state.workers.values())
+            if exit and exit.code == ExitCode.PREEMPTED
+        ]
         newest = max((body.attempt.step for _, body in self.history.commits), default=0)
         assert who.exit is not None
         if who.exit.code == ExitCode.PREEMPTED and max(left, default=0) > newest:
-            raise Violation(f"{who.name} says that step {max(left)} is saved, but the newest commit is of step {newest}")
+            raise Violation(
+                f"{who.name} says that step {max(left)} is saved, but the newest commit is of step {newest}"
+            )
 
     def worker_born(self, worker: Worker) -> None:
         start = worker.start

@@ -1,4 +1,4 @@
-"""Channels between one life of an agent and one life of a coordinator. They break, and lose, double, delay and reorder."""
+"""Channels between a life of an agent and a life of a coordinator. They break, lose, double, delay and reorder."""
 
 from __future__ import annotations
 

@@ -33,8 +33,20 @@ KINDS = (
     "SIGTERM to all",
     "SIGINT",
 )
-MOMENTS = ("run", "generation", "prepare", "start", "arm", "verdict", "publish", "commit", "committed", "retire", "finish")
-WEIGHTS = (6, 3, 4, 5, 4, 2, 2, 3, 2, 2, 3, 3, 2, 1, 1, 1, 0.3)
+MOMENTS = (
+    "run",
+    "generation",
+    "prepare",
+    "start",
+    "arm",
+    "verdict",
+    "publish",
+    "commit",
+    "committed",
+    "retire",
+    "finish",
+)
+WEIGHTS = (6, 3, 4, 5, 4, 2, 2, 3, 2, 2, 3, 3, 2, 4, 1, 1, 0.3)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,9 @@
 """Storage that forgets what was not synced, and answers late, wrongly, or not at all.
 
-A file is durable when its content was synced and so were its directory and its directory's own entry. A power cut keeps
-what is durable and any subset of the rest. The operations are the shells' storage code, step by step: a pack is written,
-synced, then its directory, then that directory's parent; a journal record is linked (its content is synced before), then
-the directory is synced, and reading it back syncs the directory too, because what was read is acted upon.
+A file is durable when its content was synced and so were its directory and its directory's own entry. A power cut
+keeps what is durable and any subset of the rest. The operations are the shells' storage code, step by step: a pack is
+written, synced, then its directory, then that directory's parent; a journal record is linked (its content is synced
+before), then the directory is synced, and reading it back syncs the directory too, because what was read is acted upon.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ class Storage:
             file.entered = True
 
     def _outcome(self) -> str:
-        """ok, fail (did not happen, and said so), and with the reply lost: lost (nor will it), late, silent (it did)."""
+        """ok, fail (did not happen, and said so); with the reply lost: lost (nor will it), late, silent (it did)."""
         if self.world.now < self.out_until:
             return self.world.pick(("fail", "lost", "late"))
         disk = self.disk

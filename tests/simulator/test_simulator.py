@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+
 from tests.simulator import bugs
 from tests.simulator.batch import run_batch, trace
 from tests.simulator.plan import calm, draw

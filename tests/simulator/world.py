@@ -1,7 +1,7 @@
 """One schedule: agents, coordinators, workers, network and storage in one thread, with virtual time and a seed.
 
-Everything random comes from one generator, everything that happens is one entry of one queue, and nothing depends on the
-order of a set or on a hash of text: the same seed gives the same trace, in any process.
+Everything random comes from one generator, everything that happens is one entry of one queue, and nothing depends on
+the order of a set or on a hash of text: the same seed gives the same trace, in any process.
 """
 
 from __future__ import annotations
@@ -210,7 +210,8 @@ class World:
         self.storage.heal()
         self.baseline = self.truth.commits
         self.deadline = self.now + LIVENESS_SECONDS
-        for someone in (*self.agents, *self.coordinators):
+        everybody: list[Agent | Coordinator] = [*self.agents, *self.coordinators]
+        for someone in everybody:
             if someone.paused_until > self.now:
                 someone.paused_until = self.now
                 self.after(0.0, someone.resume)
