@@ -251,26 +251,32 @@ def table(found: dict[str, list[Recovery]], args: argparse.Namespace) -> str:
             f"{len(own)} of {args.repeats}",
             spread([recovery.new_step_seconds for recovery in own]),
             spread([recovery.first_step_seconds for recovery in own]),
-            f"{statistics.mean(recovery.redone_steps for recovery in own):.1f}",
-            f"{statistics.median(recovery.step_seconds for recovery in own):.2f} s",
+            f"{statistics.mean(recovery.redone_steps for recovery in own):.1f}" if own else "-",
+            f"{statistics.median(recovery.step_seconds for recovery in own):.2f} s" if own else "-",
         )
         rows.append(f"| {' | '.join(columns)} |")
     noticed = [one.noticed_seconds for one in found["ftrain"] if one.noticed_seconds is not None]
     looping = [one.looping_seconds for one in found["ftrain"] if one.looping_seconds is not None]
-    theirs, ours = (statistics.median(one.new_step_seconds for one in found[launcher]) for launcher in LAUNCHERS)
     return "\n".join(
         [
             *rows,
             "",
-            f"To the next new step ftrain takes {ours / theirs:.3f} of torchrun's time, one {theirs / ours:.1f}th.",
+            f"{comparison(found)} A kill is counted only if a new step came within {PATIENCE_SECONDS:.0f} s.",
             f"ftrain after the kill: failure named {spread(noticed)}; all ranks back in their loop {spread(looping)}.",
         ]
     )
 
 
+def comparison(found: dict[str, list[Recovery]]) -> str:
+    if not all(found.values()):
+        return "One launcher never came back after a kill: nothing to compare."
+    theirs, ours = (statistics.median(one.new_step_seconds for one in found[launcher]) for launcher in LAUNCHERS)
+    return f"To the next new step ftrain takes {ours / theirs:.3f} of torchrun's time, 1/{theirs / ours:.1f}."
+
+
 def spread(values: list[float]) -> str:
     if not values:
-        return "not told"
+        return "-"
     return f"{statistics.median(values):.2f} s ({min(values):.2f}-{max(values):.2f})"
 
 
@@ -296,8 +302,6 @@ def main() -> None:
     print(f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {machine}, load {os.getloadavg()[0]:.1f}")
     with tempfile.TemporaryDirectory(prefix="ftrain-bench-") as directory:
         found = measure(args, Path(directory))
-    if not all(found.values()):
-        sys.exit("a launcher never came back after a kill: nothing to compare")
     print(table(found, args))
 
 

@@ -10,6 +10,7 @@ from ftrain.core import commit
 from tests.simulator import bugs
 from tests.simulator.batch import Tally, run_many, trace
 
+PROGRESS = 10_000  # schedules between two lines
 SHOWN = 20  # violations that are printed
 
 
@@ -30,8 +31,8 @@ def main() -> int:
     began = time.perf_counter()
 
     def progress(tally: Tally) -> None:
-        if sys.stderr.isatty():
-            print(f"\r{tally.schedules} schedules", end="", file=sys.stderr)
+        if tally.schedules % PROGRESS == 0:
+            print(f"{tally.schedules} schedules, {len(tally.violations)} violations", file=sys.stderr, flush=True)
 
     tally = run_many(options.seed, options.schedules, options.bug, options.workers, progress)
     _print(tally, time.perf_counter() - began)

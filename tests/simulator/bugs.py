@@ -184,9 +184,9 @@ def _create_not_exclusive(_: ExitStack) -> Prepare:
     return prepare
 
 
-def _sweep_before_the_term_is_ours(_: ExitStack) -> Prepare:
+def _sweep_of_the_newest_generation(_: ExitStack) -> Prepare:
     def prepare(world: World) -> None:
-        world.sweep_early = True
+        world.sweeps_all = True
 
     return prepare
 
@@ -194,7 +194,7 @@ def _sweep_before_the_term_is_ours(_: ExitStack) -> Prepare:
 # Where a hunt for a bug that shows seldom aims a fault: the act of a coordinator, and what strikes right after it.
 AIMS = {
     "attempt-numbers-used-again": ("arm", "pause coordinator"),
-    "sweep-before-the-term-is-ours": ("commit", "second coordinator"),
+    "sweep-of-the-newest-generation": ("commit", "second coordinator"),
     "stale-term-obeyed": ("arm", "pause coordinator"),
 }
 
@@ -215,5 +215,5 @@ BUGS: dict[str, Callable[[ExitStack], Prepare | None]] = {
     "parent-directory-not-synced": _parent_directory_not_synced,
     "read-back-not-synced": _read_back_not_synced,
     "create-not-exclusive": _create_not_exclusive,
-    "sweep-before-the-term-is-ours": _sweep_before_the_term_is_ours,
+    "sweep-of-the-newest-generation": _sweep_of_the_newest_generation,
 }

@@ -25,8 +25,6 @@ class Coordinator:
         self.peers: dict[str, Link] = {}
         self.state: run_state.State | None = None
         self.tick_at = float("inf")
-        self.leftovers: tuple[m.Attempt, ...] = ()
-        self.swept = False
         world.after(world.uniform(0.05, 0.5), self._open)
 
     @property
@@ -46,9 +44,7 @@ class Coordinator:
         history = History()
         for path, data in self.world.storage.records():
             history = history.after(journal.decode(data, path), journal.digest(data))
-        self.leftovers = self.world.truth.leftovers()
-        if self.world.sweep_early:
-            self._sweep(history)
+        self._sweep(history)
         self.world.after(self.world.uniform(0.0, 0.2), self._begin, history)
 
     def _begin(self, history: History) -> None:
@@ -84,8 +80,6 @@ class Coordinator:
             self._follow_up(self.state)
 
     def _follow_up(self, state: run_state.State) -> None:
-        if state.term and not self.swept:
-            self._sweep(state.history)
         for name, link in list(self.peers.items()):
             if name not in state.nodes:
                 del self.peers[name]
@@ -115,11 +109,11 @@ class Coordinator:
         self.feed(run_state.Published(attempt, "" if cause else "0" * 64, cause))
 
     def _sweep(self, history: History) -> None:
-        """Delete what earlier coordinators left unfinished: only once none of them can commit any more."""
-        self.swept = True
+        """Delete what earlier generations left unfinished: nobody can commit that any more; the newest's somebody may."""
+        newest = history.generation.generation if history.generation is not None else 0
         kept = {body.attempt for _, body in history.commits}
-        for attempt in self.leftovers:
-            if attempt not in kept:
+        for attempt in self.world.truth.leftovers():
+            if attempt not in kept and (attempt.generation < newest or self.world.sweeps_all):
                 self.world.storage.delete(attempt)
 
     def _set_timer(self) -> None:
