@@ -139,7 +139,7 @@ async def _host(spec: JobSpec, secret: Secret) -> tuple[CoordinatorHost, int] | 
         port = await host.start()
     except Unavailable as error:
         # `ftrain coordinator` may serve there: if it is something else, the client will say so.
-        log.info("%s; looking for a coordinator there", error)
+        log.info("looking for a coordinator there: %s", error)
         await host.close()
         return None
     write_whereabouts(spec.run_dir, "127.0.0.1" if topology.loopback else topology.host, port)

@@ -51,9 +51,7 @@ def test_killed_coordinator_comes_back_and_adopts_the_running_generation(cluster
     command, flags = start(cluster)
     first = cluster.start(command)
     first.says("serving run")
-    nodes: list[Launcher] = [
-        cluster.launch(*flags, "--node-rank", rank, cluster.script(TRAIN)) for rank in (0, 1)
-    ]
+    nodes: list[Launcher] = [cluster.launch(*flags, "--node-rank", rank, cluster.script(TRAIN)) for rank in (0, 1)]
     wait_for(lambda: status(cluster)["commits"], "the first commit")
     first.process.kill()
     first.wait()
