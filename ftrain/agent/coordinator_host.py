@@ -36,13 +36,18 @@ DISCARDED_MAX = 256
 def read_history(storage: Storage) -> History:
     """The journal from its beginning. Raises `CorruptCheckpoint` naming the first record that does not hold."""
     history = History()
+    data = b""
     while True:
         path = journal.path_of(history.head.sequence + 1)
         try:
             data = storage.read(path)
         except NotFound:
-            return history
+            break
         history = history.after(journal.decode(data, path), journal.digest(data))
+    if data and not storage.confirm(journal.path_of(history.head.sequence), data):
+        # Its writer may have died before it was durable, and we are about to act upon it.
+        raise StorageError(f"{storage.url}: the newest journal record cannot be made durable; mend the storage first")
+    return history
 
 
 class CoordinatorHost:

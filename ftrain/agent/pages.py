@@ -26,8 +26,8 @@ def arm(pages: dict[int, ControlPage], attempt: Attempt, slot: int, hold: bool) 
     """Arm `attempt.step` on every page, or on none."""
     for page in pages.values():
         page.store(Field.ARMED_SLOT, slot)
-        page.store(Field.ARMED_ATTEMPT, attempt.number)
         page.store(Field.ARMED_HOLD, int(hold))
+        page.store(Field.ARMED_ATTEMPT, attempt.number)
         page.store(Field.ARMED, attempt.step)
         notify(page)
     steps = {rank: page.load(Field.STEP) for rank, page in pages.items()}

@@ -37,7 +37,10 @@ class Story:
             case Interrupted(failure, generation, furthest, resumes_at):
                 lost = max(0, furthest - resumes_at) if furthest >= 0 else 0
                 log.warning("generation %d interrupted: %s", generation, failure.summary)
-                log.info("starting again from step %d (%d finished step(s) to redo)", resumes_at, lost)
+                if furthest >= 0 or resumes_at:
+                    log.info("starting again from step %d (%d finished step(s) to redo)", resumes_at, lost)
+                else:
+                    log.info("starting again from the beginning")
                 record = {
                     "event": "interruption",
                     "generation": generation,

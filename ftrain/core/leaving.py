@@ -76,7 +76,7 @@ def drained(turn: Turn) -> None:
     drain = state.drain
     assert drain is not None
     nothing_ran = state.phase in (Phase.OPENING, Phase.ADOPTING, Phase.FORMING, Phase.STARTING, Phase.PAUSING)
-    saved = drain.saved or (nothing_ran and _nothing_lost(state))
+    saved = (drain.saved or nothing_ran) and _nothing_lost(state)
     if drain.why == "SIGINT":
         text = "interrupted; the last finished step is committed" if saved else "interrupted; the last commit stands"
         close(turn, ExitCode.INTERRUPTED, text)

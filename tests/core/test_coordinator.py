@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 from ftrain.core import coordinator, journal, run_state
@@ -83,8 +85,10 @@ class Scene:
         rank = m.RunningRank(NODES.index(node), 0, 7, step, 3, joined=True)
         return self.report(node, ranks=(rank,), looping=True, first_step=0, **fields)
 
-    def died(self, node: str, signal: int = 9, code: int = 0, ordered: bool = False, **fields: object) -> list[str]:
-        exit = m.RankExit(NODES.index(node), 0, 7, code, signal, 12, unix_seconds=self.now, ordered=ordered)
+    def died(
+        self, node: str, signal: int = 9, code: int = 0, ordered: bool = False, step: int = 12, **fields: Any
+    ) -> list[str]:
+        exit = m.RankExit(NODES.index(node), 0, 7, code, signal, step, unix_seconds=self.now, ordered=ordered)
         return self.report(node, exits=(exit,), **fields)
 
     def say(self, node: str, message: m.FromAgent) -> list[str]:
@@ -371,7 +375,7 @@ def test_preempted_run_saves_its_last_step_and_leaves() -> None:
     assert scene.log[-2:] == ["a <- Verdict leave", "b <- Verdict leave"]
     for rank, node in enumerate(NODES):
         scene.say(node, m.Sealed(attempt, rank))
-        scene.died(node, signal=0, code=int(ExitCode.PREEMPTED))
+        scene.died(node, signal=0, code=int(ExitCode.PREEMPTED), step=2)
         scene.say(node, m.Prepared(attempt, m.PackRecord(rank, f"packs/{rank}", "", "0" * 64, 1, 1, 1)))
     scene.do(run_state.Published(attempt, "f" * 64))
     lines = scene.stored()
@@ -384,7 +388,7 @@ def test_notice_before_the_history_is_ours_decides_nothing_about_the_others() ->
     second.hello("a")
     second.hello("b")
     assert second.say("b", m.Notice("SIGTERM", 25.0)) == []
-    assert second.state.phase is Phase.OPENING
+    assert second.state.term == 0
     assert second.stored()[:3] == ["a <- Welcome", "b <- Welcome", "b <- Leave 75"]
     assert second.state.phase is Phase.FORMING
 

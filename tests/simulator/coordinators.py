@@ -109,7 +109,7 @@ class Coordinator:
         self.feed(run_state.Published(attempt, "" if cause else "0" * 64, cause))
 
     def _sweep(self, history: History) -> None:
-        """Delete what earlier generations left unfinished; the newest's somebody may still commit."""
+        """Delete what generations before the newest left unfinished: nobody can commit that any more."""
         newest = history.generation.generation if history.generation is not None else 0
         kept = {body.attempt for _, body in history.commits}
         for attempt in self.world.truth.leftovers():
