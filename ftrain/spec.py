@@ -45,12 +45,12 @@ class Topology:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """Which local ranks' streams go to the terminal."""
+    """Where each local rank's streams go. Sets hold local ranks."""
 
     directory: Path
-    quiet_stdout: frozenset[int] = frozenset()
+    quiet_stdout: frozenset[int] = frozenset()  # to the file only (--redirects without --tee)
     quiet_stderr: frozenset[int] = frozenset()
-    shown: frozenset[int] | None = None
+    shown: frozenset[int] | None = None  # --local-ranks-filter; None shows all
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,6 @@ from ftrain import _native
 from ftrain.agent import environment, pages
 from ftrain.agent.child import Job
 from ftrain.agent.forks import Nursery, NurseryDied
-from ftrain.agent.logs import LogPolicy
 from ftrain.agent.saver import Saver
 from ftrain.agent.workers import FD_NAMES, ArenaFile, WorkerProcess
 from ftrain.control.client import Client
@@ -96,17 +95,18 @@ class Agent:
         try:
             while self._events:
                 event = self._events.popleft()
-                where = {rank: worker.where() for rank, worker in self._workers.items() if worker.page_fd >= 0}
-                self._state, actions = node.step(self._state, event, time.monotonic(), where)
+                self._state, actions = node.step(self._state, event, time.monotonic(), self._pages())
                 for action in actions:
                     self._carry_out(action)
         finally:
             self._busy = False
 
     def _hello(self) -> m.Hello:
-        return node.hello(
-            self._state, {rank: worker.where() for rank, worker in self._workers.items() if worker.page_fd >= 0}
-        )
+        return node.hello(self._state, self._pages())
+
+    def _pages(self) -> node.Pages:
+        """Where the workers are, as their control pages say now."""
+        return {rank: worker.where() for rank, worker in self._workers.items() if worker.page_fd >= 0}
 
     def _heard(self, message: m.FromCoordinator) -> None:
         if isinstance(message, m.Welcome):
@@ -203,16 +203,10 @@ class Agent:
         for worker in self._workers.values():
             worker.close()
         self._workers = {}
-        policy = LogPolicy(
-            self._spec.output.directory,
-            self._spec.output.quiet_stdout,
-            self._spec.output.quiet_stderr,
-            self._spec.output.shown,
-        )
         ranks = range(start.first_rank, start.first_rank + self._spec.topology.processes)
         for local_rank, rank in enumerate(ranks):
             arena = self._arena(local_rank, rank)
-            self._workers[rank] = WorkerProcess.prepare(policy, start.generation, rank, local_rank, arena)
+            self._workers[rank] = WorkerProcess.prepare(self._spec.output, start.generation, rank, local_rank, arena)
         await asyncio.gather(*(self._fork_one(start, worker) for worker in self._workers.values()))
 
     def _arena(self, local_rank: int, rank: int) -> ArenaFile:

@@ -8,22 +8,13 @@ import os
 import sys
 from collections import deque
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import BinaryIO, TextIO
+
+from ftrain.spec import Output
 
 CHUNK_BYTES = 1 << 16
 LINE_BYTES_MAX = 1 << 16
 TAIL_LINES = 20
-
-
-@dataclass(frozen=True, slots=True)
-class LogPolicy:
-    """Where each local rank's streams go. Sets hold local ranks."""
-
-    directory: Path
-    quiet_stdout: frozenset[int] = frozenset()  # to the file only (--redirects without --tee)
-    quiet_stderr: frozenset[int] = frozenset()
-    shown: frozenset[int] | None = None  # --local-ranks-filter; None shows all
 
 
 @dataclass(slots=True)
@@ -76,7 +67,7 @@ class Stream:
 class RankLogs:
     """Both streams of one worker. The write ends are the worker's; close them here once it is forked."""
 
-    def __init__(self, policy: LogPolicy, generation: int, rank: int, local_rank: int) -> None:
+    def __init__(self, policy: Output, generation: int, rank: int, local_rank: int) -> None:
         directory = policy.directory / f"generation-{generation:04d}" / f"rank-{rank}"
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory

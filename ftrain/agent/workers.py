@@ -15,10 +15,11 @@ import msgspec
 
 from ftrain import _native
 from ftrain.agent import pages
-from ftrain.agent.logs import LogPolicy, RankLogs
+from ftrain.agent.logs import RankLogs
 from ftrain.checkpoint.arena import Arena
 from ftrain.core import local
 from ftrain.core.messages import ErrorReport, RankExit
+from ftrain.spec import Output
 
 _FROM_WORKER = msgspec.json.Decoder(local.FromWorker)
 CHANNEL_BUFFER_BYTES = 1 << 20
@@ -51,7 +52,7 @@ class WorkerProcess:
     last: tuple[int, int] = (-1, 0)  # where it was when it ended
 
     @classmethod
-    def prepare(cls, policy: LogPolicy, generation: int, rank: int, local_rank: int, arena: ArenaFile) -> WorkerProcess:
+    def prepare(cls, policy: Output, generation: int, rank: int, local_rank: int, arena: ArenaFile) -> WorkerProcess:
         """Everything that the worker will be given, before it is forked."""
         page_fd = _native.ControlPage.create(f"ftrain-page-{rank}")
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
