@@ -4,11 +4,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Python sources are not in the list: the install is editable, only what is compiled or resolved needs it again.
-INSTALL_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
+INSTALL_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/* csrc/cuda/*)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types bench setup setup-dev clean
+.PHONY: help demo test check lint types sanitize asan tsan bench setup setup-dev clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,8 +29,18 @@ lint: setup-dev  ## ruff, rules and format
 types: setup-dev  ## mypy --strict
 	$(BIN)/mypy
 
-bench: setup-dev  ## every benchmark in bench/
-	@set -e; for file in bench/*.py; do echo "$$file"; $(BIN)/python "$$file"; done
+sanitize: asan tsan  ## the native engine's C++ tests under sanitizers
+
+asan:  ## the same, for memory errors and undefined behaviour
+	@$(MAKE) --no-print-directory -C tests/native/cpp SANITIZE=address,undefined
+
+tsan:  ## the same, for data races
+	@$(MAKE) --no-print-directory -C tests/native/cpp SANITIZE=thread
+
+bench: $(VENV)/.installed-bench  ## every benchmark in bench/
+	@set -e; for file in bench/*.py $(patsubst %/__main__.py,%,$(wildcard bench/*/__main__.py)); do \
+		echo "$$file"; $(BIN)/python "$$file"; \
+	done
 
 setup: $(VENV)/.installed  ## install ftrain into .venv
 setup-dev: $(VENV)/.installed-dev  ## the same, with what the checks need
@@ -48,6 +58,11 @@ $(VENV)/.installed-dev: $(INSTALL_INPUTS) | $(BIN)/pip
 	@echo "installing ftrain, what it needs and what its checks need into $(VENV) (this can take minutes)"
 	@$(PIP_INSTALL) --editable '.[dev]'
 	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-bench: $(INSTALL_INPUTS) | $(BIN)/pip
+	@echo "installing ftrain, what it needs and what its checks and benchmarks need into $(VENV) (this can take minutes)"
+	@$(PIP_INSTALL) --editable '.[dev,bench]'
+	@touch $@ $(VENV)/.installed-dev $(VENV)/.installed
 
 clean:  ## remove .venv, build products and caches; runs stay
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

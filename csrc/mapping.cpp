@@ -53,6 +53,16 @@ Mapping::Mapping(int fd, std::size_t nbytes) : data_(nullptr), nbytes_(nbytes) {
     }
 }
 
+void Mapping::populate(std::size_t offset, std::size_t nbytes) const {
+    if (offset > nbytes_ || nbytes > nbytes_ - offset) {
+        throw std::invalid_argument("cannot populate beyond the mapping");
+    }
+#ifdef MADV_POPULATE_WRITE
+    // A kernel before 5.14 refuses it; then pages are mapped as they are first touched.
+    (void)madvise(data_ + offset, nbytes, MADV_POPULATE_WRITE);
+#endif
+}
+
 Mapping::~Mapping() {
     munmap(data_, nbytes_);
 }

@@ -18,6 +18,9 @@ public:
     Mapping(const Mapping&) = delete;
     Mapping& operator=(const Mapping&) = delete;
 
+    // Maps the pages of a part now, which begins on one, so that nobody waits for them later.
+    void populate(std::size_t offset, std::size_t nbytes) const;
+
     std::byte* data() const noexcept { return data_; }
     std::size_t nbytes() const noexcept { return nbytes_; }
 

@@ -1,4 +1,4 @@
-// ftrain._native: the only file here that knows Python. It takes the GIL off, keeps memory alive, and names the errors.
+// ftrain._native. Only this file and bind_*.cpp know Python: they take the GIL off, keep memory alive, and name the errors.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
@@ -7,9 +7,12 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <string>
+#include <system_error>
 #include <tuple>
 #include <vector>
 
+#include "bindings.hpp"
 #include "copy.hpp"
 #include "crc32c.hpp"
 #include "failure.hpp"
@@ -21,7 +24,7 @@
 namespace nb = nanobind;
 using namespace nb::literals;
 
-namespace {
+namespace ftrain {
 
 void run_signal_handlers() {
     nb::gil_scoped_acquire gil;
@@ -30,37 +33,30 @@ void run_signal_handlers() {
     }
 }
 
+}  // namespace ftrain
+
+namespace {
+
+using ftrain::Buffer;
+using ftrain::run_signal_handlers;
+
+// OSError(errno, text) picks its own subclass: FileNotFoundError, PermissionError and so on.
+void set_os_error(int code, const std::string& attempt) {
+    nb::object arguments = nb::make_tuple(code, attempt + ": " + std::strerror(code));
+    PyErr_SetObject(PyExc_OSError, arguments.ptr());
+}
+
 void translate_failure(const std::exception_ptr& pointer, void*) {
     try {
         std::rethrow_exception(pointer);
     } catch (const ftrain::SystemFailure& failure) {
-        // OSError(errno, text) picks its own subclass: FileNotFoundError, PermissionError and so on.
-        const std::string text = std::string(failure.what()) + ": " + std::strerror(failure.code());
-        nb::object arguments = nb::make_tuple(failure.code(), text);
-        PyErr_SetObject(PyExc_OSError, arguments.ptr());
+        set_os_error(failure.code(), failure.what());
+    } catch (const std::system_error& failure) {
+        set_os_error(failure.code().value(), "starting a thread");
     } catch (const ftrain::ShortFile& failure) {
         PyErr_SetString(PyExc_EOFError, failure.what());
     }
 }
-
-// A contiguous buffer of any exporter, held for as long as its bytes are read.
-class Buffer {
-public:
-    explicit Buffer(nb::handle exporter) {
-        if (PyObject_GetBuffer(exporter.ptr(), &view_, PyBUF_SIMPLE) != 0) {
-            throw nb::python_error();
-        }
-    }
-    ~Buffer() { PyBuffer_Release(&view_); }
-    Buffer(const Buffer&) = delete;
-    Buffer& operator=(const Buffer&) = delete;
-
-    const void* data() const { return view_.buf; }
-    std::size_t nbytes() const { return static_cast<std::size_t>(view_.len); }
-
-private:
-    Py_buffer view_{};
-};
 
 // A page that can be closed while another thread waits on it: the memory goes with the last user.
 class ControlPage {
@@ -112,6 +108,12 @@ public:
             throw std::invalid_argument("the mapping is closed");
         }
         return *mapping_;
+    }
+
+    void populate(std::size_t offset, std::size_t nbytes) const {
+        const ftrain::Mapping& mapping = open();
+        nb::gil_scoped_release no_gil;
+        mapping.populate(offset, nbytes);
     }
 
     bool is_open() const { return mapping_ != nullptr; }
@@ -236,6 +238,7 @@ NB_MODULE(_native, m) {
         .def_prop_ro("address", &Memory::address)
         .def_prop_ro("nbytes", &Memory::nbytes)
         .def("view", &memory_view)
+        .def("populate", &Memory::populate, "offset"_a, "nbytes"_a)
         .def("close", &Memory::close);
 
     m.def("memory_file", &ftrain::memory_file, "name"_a, "huge_pages"_a = false);
@@ -247,6 +250,8 @@ NB_MODULE(_native, m) {
     m.def("copy_batch", &copy_batch, "pairs"_a, "threads"_a = 1);
     m.def("write_from", &write_from, "fd"_a, "address"_a, "nbytes"_a, "offset"_a);
     m.def("read_into", &read_into, "fd"_a, "address"_a, "nbytes"_a, "offset"_a);
+    ftrain::bind_cuda(m);
+    ftrain::bind_engine(m);
     m.def("set_parent_death_signal", &ftrain::set_parent_death_signal, "signum"_a);
     m.def("set_child_subreaper", &ftrain::set_child_subreaper, "on"_a);
 }

@@ -4,7 +4,7 @@ Every call that can block or take long runs without the GIL. A failed system cal
 was attempted. Addresses and sizes are in bytes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from typing_extensions import Buffer
 
@@ -53,6 +53,9 @@ class Mapping:
     def view(self) -> memoryview:
         """The memory as writable bytes. It keeps the mapping alive."""
 
+    def populate(self, offset: int, nbytes: int) -> None:
+        """Maps these pages now, so that nobody waits for them later. `offset` is that of a page."""
+
     def close(self) -> None:
         """Unmaps the memory. BufferError while a view of it is in use."""
 
@@ -93,3 +96,189 @@ def set_parent_death_signal(signum: int) -> None:
 
 def set_child_subreaper(on: bool) -> None:
     """Whether orphaned descendants become children of this process."""
+
+class CopyPlan:
+    """Copies that are made again and again, as columns of 64-bit words such as `array("Q")`.
+
+    Offsets count from the address that `Copier.begin` is given. ValueError for a source at 0 that is not empty.
+    """
+
+    def __init__(self, offsets: Buffer, sources: Buffer, sizes: Buffer) -> None: ...
+    @property
+    def nbytes(self) -> int: ...
+
+class CopyJob:
+    """One run of a plan. Its memory must stay until it is done, or its copier is gone."""
+
+    def done(self) -> bool: ...
+    def wait(self) -> None:
+        """Takes part in the copying, and returns once all is there."""
+
+class Copier:
+    """Threads that copy one job after the other. In a forked child it has none: a job is copied by who waits for it.
+
+    Dropped, it stops soon: what no thread has begun is left to `CopyJob.wait`.
+    """
+
+    def __init__(self, threads: int) -> None: ...
+    def begin(self, plan: CopyPlan, base: int) -> CopyJob:
+        """Starts copying to `base`. The sources must stay as they are until the job is done."""
+
+class Pack:
+    """The bytes of a pack's file, of which the boxes lie where they are until they are written. docs/format.md.
+
+    Boxes are columns of 64-bit words such as `array("Q")`, in order of their offsets and disjoint. Between them the
+    file has zeros, and `ending` as its last bytes. With `image`, the payload lies at that page just as in the file (its
+    gaps zeros) and is written from there; without, through buffers. ValueError where that does not fit together. A
+    pack holds addresses only: the memory must stay for as long as it is written.
+    """
+
+    def __init__(
+        self,
+        offsets: Buffer,
+        addresses: Buffer,
+        sizes: Buffer,
+        payload_bytes: int,
+        chunk_bytes: int,
+        image_bytes: int,
+        ending: bytes,
+        image: int = 0,
+    ) -> None: ...
+    @property
+    def nbytes(self) -> int:
+        """Of the file."""
+
+    def write(
+        self,
+        fd: int,
+        *,
+        threads: int = 1,
+        depth: int = 8,
+        nice: int = 0,
+        bytes_per_second_max: int = 0,
+        backend: str = "any",
+        on_idle: Callable[[], object] | None = None,
+    ) -> tuple[list[int], list[int]]:
+        """Writes all of it from offset 0, and returns the crc32c of each box and of each chunk. Does not sync.
+
+        Each thread has `depth` transfers in flight, and as many buffers of a chunk where it needs them. Signal handlers
+        and `on_idle` run now and then; what they raise ends the work and comes out of here, and nothing is written any
+        more by then.
+        """
+
+def fetch(
+    files: Sequence[tuple[int, bool]],
+    file_numbers: Buffer,
+    sums: Buffer,
+    offsets: Buffer,
+    sizes: Buffer,
+    addresses: Buffer,
+    *,
+    threads: int = 2,
+    depth: int = 8,
+    block_bytes: int = 2097152,
+    backend: str = "any",
+    on_idle: Callable[[], object] | None = None,
+) -> list[int]:
+    """Reads ranges of files to their addresses, and returns the places of those that do not match their crc32c.
+
+    A file is a descriptor and whether it was opened with O_DIRECT; such a one holds whole pages. Ranges are columns of
+    64-bit words such as `array("Q")`; those at address 0 are only proved. EOFError where a file ends early. Each thread
+    has `depth` buffers of `block_bytes` for direct files. Interrupted as `Pack.write` is.
+    """
+
+def cached_share(fd: int) -> float:
+    """How much of the file is in the page cache, 0 to 1; 0 where the kernel does not say."""
+
+def transfer_backend(backend: str = "any") -> str:
+    """What is used for `backend`, "any", "io_uring" or "threads": one of the latter. OSError where it is refused."""
+
+class CudaFailure(RuntimeError):
+    """A call of the CUDA driver or of its compiler failed or cannot be made. It says what was attempted."""
+
+class CudaProbe:
+    """Whether CUDA can be used in this process."""
+
+    @property
+    def usable(self) -> bool: ...
+    @property
+    def reason(self) -> str:
+        """Why not: no driver, one that is too old, no device, a fork … Empty where it can."""
+
+    @property
+    def driver_version(self) -> int:
+        """13000 for CUDA 13.0; 0 where there is no driver to ask."""
+
+    @property
+    def devices(self) -> int: ...
+
+class CudaPin:
+    """Host memory that the device reads and writes by itself, until `close`. Dropped, it closes."""
+
+    @property
+    def pinned(self) -> bool: ...
+    @property
+    def reason(self) -> str:
+        """Why it is not pinned, where the driver refused: copies still work, but the host waits for them."""
+
+    def close(self) -> None:
+        """Waits for copies in flight and gives the memory back. Plans that rely on it can begin no more."""
+
+class CudaTicket:
+    """Copies that were begun. Dropped, it waits for them. CudaFailure where one of them went wrong."""
+
+    def order(self, compute_stream: int) -> None:
+        """What comes to the stream from now on waits for the copies, on the device."""
+
+    def done(self) -> bool: ...
+    def wait(self) -> None:
+        """Sleeps until they are done."""
+
+class CudaPlan:
+    """Copies worked out once, to be made many times without allocating anything."""
+
+    @property
+    def nbytes(self) -> int: ...
+    def begin(self, compute_stream: int, keep: object = None) -> CudaTicket:
+        """Starts the copies after what is on the stream now. `keep` is held until the ticket is done or dropped.
+
+        To the device, what comes to the stream later runs after them. ValueError where a pin was closed meanwhile.
+        """
+
+class CudaStager:
+    """Copies between host memory and one device, on a stream of its own, in the primary context (the one of torch).
+
+    `nvrtc` names libraries to compile the kernels with, of which the first that loads is taken. A copy is (host
+    address, device address, bytes); no destination may overlap another range, and the memory stays until the ticket is
+    done. Streams are the driver's handles, 0 the default one. CudaFailure where a call of the driver fails.
+    """
+
+    def __init__(self, device: int = 0, nvrtc: Sequence[str] = ()) -> None: ...
+    @property
+    def device(self) -> int: ...
+    def pin(self, address: int, nbytes: int) -> CudaPin:
+        """Pins the memory. Where the driver refuses, the pin says why and copies go on, slower."""
+
+    def plan(self, copies: Sequence[tuple[int, int, int]], upload: bool = False) -> CudaPlan:
+        """Works out copies to the host, or to the device where `upload`. Pin the host's memory before."""
+
+    def begin(self, copies: Sequence[tuple[int, int, int]], compute_stream: int, keep: object = None) -> CudaTicket:
+        """`plan(copies).begin(compute_stream, keep)`."""
+
+    def upload(self, copies: Sequence[tuple[int, int, int]], compute_stream: int, keep: object = None) -> CudaTicket:
+        """`plan(copies, upload=True).begin(compute_stream, keep)`."""
+
+    def small_copies(self) -> tuple[str, str]:
+        """How small copies are made, "kernel", "batch" or "single", and why not by kernel. Compiles it once."""
+
+    def digest(self, ranges: Sequence[tuple[int, int]], compute_stream: int) -> list[int]:
+        """`digest_address` of each (device address, bytes), taken after what is on the stream. Needs the kernels."""
+
+def cuda_probe() -> CudaProbe:
+    """Loads the driver, starts CUDA, and says what is there. FTRAIN_LIBCUDA names a library in libcuda.so.1's place."""
+
+def cuda_compile(capability: tuple[int, int], nvrtc: Sequence[str]) -> bytes:
+    """The machine code of the kernels for devices of this compute capability. Needs no GPU."""
+
+def digest_address(address: int, nbytes: int) -> int:
+    """A 64-bit digest of host memory, for comparing replicas. csrc/cuda/digest.hpp defines it."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from ftrain.checkpoint.arena import Arena
-from ftrain.checkpoint.persist import persist
+from ftrain.checkpoint.persist import persist_slot
 from ftrain.core.messages import Attempt, PackRecord
 from ftrain.errors import FtrainError
 from ftrain.storage.base import Storage
@@ -47,7 +47,7 @@ class Saver:
 
     def _save(self, attempt: Attempt, rank: int, arena: Arena, slot: int, cancelled: threading.Event) -> None:
         try:
-            pack = persist(self._storage, attempt, rank, arena, slot, cancelled.is_set)
+            pack = persist_slot(self._storage, attempt, rank, arena, slot, cancelled.is_set)
         except (FtrainError, OSError) as error:
             self._done(attempt, rank, None, "" if cancelled.is_set() else str(error))
         except Exception as error:  # a thread's edge: a bug here must abort the attempt, not strand it

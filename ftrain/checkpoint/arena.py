@@ -203,6 +203,9 @@ class Arena:
             self._give_back(region)
         self._write_header(tuple(regions[slot] for slot in range(len(regions))), end)
         self.attach()
+        for region in self._regions:
+            # A snapshot is to wait for no page.
+            self._map.populate(region.image_offset, region.image_bytes)
 
     def _allocate(self, offset: int, nbytes: int) -> None:
         available = available_bytes()

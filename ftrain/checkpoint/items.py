@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+import operator
+from collections.abc import Sequence
 
+import msgspec
 import torch
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
@@ -12,19 +15,54 @@ from ftrain.core.layout import Mesh, TensorSpec, item_bytes
 from ftrain.errors import UnsupportedTensor
 
 
-@dataclass(frozen=True, slots=True)
-class TensorItem:
-    """What this rank holds of one tensor: `local` has the shape of `layout.local_box(spec, rank)`."""
+_shape = operator.attrgetter("shape")
+_dtype = operator.attrgetter("dtype")
+_layout = operator.attrgetter("layout")
+_is_meta = operator.attrgetter("is_meta")
+_names: dict[torch.dtype, str] = {}
+
+
+class TensorItem(msgspec.Struct, frozen=True, eq=False, gc=False):
+    """What this rank holds of one tensor: `local` has the shape of `layout.local_box(spec, rank)`.
+
+    `late`: it changes in an optimizer's step and nowhere else, so that a snapshot may copy it beside the training.
+    """
 
     spec: TensorSpec
     local: torch.Tensor
+    late: bool = False
 
 
-def item_of(key: str, tensor: torch.Tensor, private: bool = False) -> TensorItem:
-    """The item of a tensor or DTensor; its storage is shared, not copied. Raises as `spec_of`."""
-    spec = spec_of(key, tensor, private)
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return TensorItem(spec, local.detach())
+def item_of(key: str, tensor: torch.Tensor, private: bool = False, late: bool = False) -> TensorItem:
+    """The item of a tensor or DTensor: itself, not a copy. Raises as `spec_of`."""
+    return TensorItem(spec_of(key, tensor, private), local_of(tensor), late)
+
+
+class _Alike:
+    """The tensors of the last long list: usually the next one has tensors of the same keys and kinds."""
+
+    keys: Sequence[str] = ()
+    kinds: Sequence[object] = ()
+    specs: Sequence[TensorSpec] = ()
+
+
+_alike = _Alike()
+
+
+def items_of(keys: Sequence[str], tensors: Sequence[torch.Tensor]) -> list[TensorItem]:
+    """The items of many shared tensors that are copied late. As `item_of`, quicker where they are those of last time."""
+    kinds = [*map(_shape, tensors), *map(_dtype, tensors), *map(_layout, tensors), *map(_is_meta, tensors)]
+    if keys == _alike.keys and kinds == _alike.kinds:
+        return list(map(TensorItem, _alike.specs, tensors, itertools.repeat(True)))
+    items = [item_of(key, tensor, late=True) for key, tensor in zip(keys, tensors, strict=True)]
+    if all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in tensors):
+        _alike.keys, _alike.kinds, _alike.specs = keys, kinds, [item.spec for item in items]
+    return items
+
+
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of it: the very object that optimizers change, so that it can be watched."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def spec_of(key: str, tensor: torch.Tensor, private: bool = False) -> TensorSpec:
@@ -39,16 +77,23 @@ def spec_of(key: str, tensor: torch.Tensor, private: bool = False) -> TensorSpec
         placements = tuple(_placement(key, placement, tensor.dim()) for placement in tensor.placements)
         mesh = Mesh(tuple(tensor.device_mesh.mesh.shape), tuple(tensor.device_mesh.mesh.flatten().tolist()))
         return TensorSpec(key, dtype, tuple(tensor.shape), mesh, placements)
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    if local.layout != torch.strided or local.is_meta:
-        kind = "has no data (device meta)" if local.is_meta else f"is not dense ({local.layout})"
-        raise UnsupportedTensor(f"{key}: {kind}; a checkpoint holds dense tensors with data, so convert it first")
+    local = local_of(tensor)
+    _refuse_without_data(key, local)
     return TensorSpec(key, dtype, tuple(local.shape), private=private)
+
+
+def _refuse_without_data(key: str, tensor: torch.Tensor) -> None:
+    if tensor.layout != torch.strided or tensor.is_meta:
+        kind = "has no data (device meta)" if tensor.is_meta else f"is not dense ({tensor.layout})"
+        raise UnsupportedTensor(f"{key}: {kind}; a checkpoint holds dense tensors with data, so convert it first")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     """`float32` for `torch.float32`."""
-    return str(dtype).removeprefix("torch.")
+    name = _names.get(dtype)
+    if name is None:
+        name = _names[dtype] = str(dtype).removeprefix("torch.")
+    return name
 
 
 def torch_dtype(name: str) -> torch.dtype:

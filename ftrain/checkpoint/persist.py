@@ -1,23 +1,25 @@
-"""From a sealed slot of the arena to a durable pack. Runs in the agent, in a thread; knows nothing of torch."""
+"""A pack and its index, durably, from wherever its bytes lie. Runs in the agent too, in a thread; knows nothing of torch."""
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Mapping
+from typing import Any
 
-import msgspec
-
-from ftrain import _native
+from ftrain._native import Pack
 from ftrain.checkpoint.arena import Arena
+from ftrain.checkpoint.pack_plan import PackPlan
 from ftrain.core.manifest import PackIndex, data_path, decode_index, encode_index, index_path, pack_path
 from ftrain.core.messages import Attempt, PackRecord
 from ftrain.errors import CorruptCheckpoint
-from ftrain.storage.base import Storage
+from ftrain.storage.base import Effort, Storage
 from ftrain.storage.zarr_view import pack_metadata, shard_index
 
+BESIDE_TRAINING = Effort(threads=1, nice=10)
 
-def persist(
+
+def persist_slot(
     storage: Storage, attempt: Attempt, rank: int, arena: Arena, slot: int, should_stop: Callable[[], bool]
 ) -> PackRecord:
     """Write the pack that `slot` holds, and its index, durably: once this returned, the rank is prepared.
@@ -32,30 +34,79 @@ def persist(
     image = arena.image(slot)
     if (sealed.attempt, sealed.rank) != (attempt, rank) or sealed.image_bytes > image.nbytes:
         raise CorruptCheckpoint(f"{where} is of rank {sealed.rank}, {sealed.attempt}, instead of {attempt}")
-    index = _checksummed(sealed, image.address)
-    ending = shard_index(index.payload_bytes, index.chunk_bytes)
-    ctypes.memmove(image.address + index.image_bytes - len(ending), ending, len(ending))
+    offsets = array("Q", [box.offset for box in sealed.boxes])
+    addresses = array("Q", [image.address + offset for offset in offsets])
+    sizes = array("Q", [box.nbytes for box in sealed.boxes])
+    pack = _pack(sealed, offsets, addresses, sizes, image.address)
 
-    base, pack, encoded = attempt.path, pack_path(rank), encode_index(index)
-    storage.create(f"{base}/{pack}/zarr.json", pack_metadata(index.payload_bytes, index.chunk_bytes))
-    storage.write_from(f"{base}/{data_path(pack)}", image.address, index.image_bytes, should_stop=should_stop)
-    storage.create(f"{base}/{index_path(rank)}", encoded)
+    def finish(boxes: list[int], chunks: list[int]) -> bytes:
+        return encode_index(_summed(sealed, boxes, chunks))
+
+    return _write(storage, attempt.path, sealed, pack, finish, BESIDE_TRAINING, should_stop)
+
+
+def persist_plan(
+    storage: Storage,
+    base: str,
+    attempt: Attempt,
+    plan: PackPlan,
+    addresses: array[int],
+    plain: Mapping[str, Any],
+    effort: Effort,
+    image: int = 0,
+) -> PackRecord:
+    """Write a pack below `base` from boxes that lie at `addresses`, C-contiguous; its index is durable, too, on return.
+
+    With `image` they lie as in the file from that address on; otherwise they go through buffers of bounded size. `plain`
+    is encoded already. Raises `StorageError`.
+    """
+    index = plan.index(attempt, plain)
+    pack = _pack(index, plan.offsets, addresses, plan.sizes, image)
+
+    def finish(boxes: list[int], chunks: list[int]) -> bytes:
+        return plan.encode(_summed(index, boxes, chunks))
+
+    return _write(storage, base, index, pack, finish, effort, lambda: False)
+
+
+def _pack(index: PackIndex, offsets: array[int], addresses: array[int], sizes: array[int], image: int) -> Pack:
+    return Pack(
+        offsets,
+        addresses,
+        sizes,
+        index.payload_bytes,
+        index.chunk_bytes,
+        index.image_bytes,
+        shard_index(index.payload_bytes, index.chunk_bytes),
+        image,
+    )
+
+
+def _summed(index: PackIndex, boxes: list[int], chunks: list[int]) -> PackIndex:
+    fields = {name: getattr(index, name) for name in PackIndex.__struct_fields__}
+    return PackIndex(**{**fields, "box_crc32c": tuple(boxes), "chunk_crc32c": tuple(chunks)})
+
+
+def _write(
+    storage: Storage,
+    base: str,
+    index: PackIndex,
+    pack: Pack,
+    finish: Callable[[list[int], list[int]], bytes],
+    effort: Effort,
+    should_stop: Callable[[], bool],
+) -> PackRecord:
+    path = pack_path(index.rank)
+    storage.create(f"{base}/{path}/zarr.json", pack_metadata(index.payload_bytes, index.chunk_bytes))
+    boxes, chunks = storage.write_pack(f"{base}/{data_path(path)}", pack, effort, should_stop=should_stop)
+    encoded = finish(boxes, chunks)
+    storage.create(f"{base}/{index_path(index.rank)}", encoded)
     return PackRecord(
-        rank=rank,
-        path=pack,
-        index_path=index_path(rank),
+        rank=index.rank,
+        path=path,
+        index_path=index_path(index.rank),
         index_sha256=hashlib.sha256(encoded).hexdigest(),
-        payload_bytes=sum(record.nbytes for record in index.boxes),
+        payload_bytes=sum(box.nbytes for box in index.boxes),
         file_bytes=index.image_bytes,
         tensors=len(index.boxes),
     )
-
-
-def _checksummed(sealed: PackIndex, address: int) -> PackIndex:
-    """The index with the checksum of every box and of every chunk of the image at `address`."""
-    boxes = tuple(
-        msgspec.structs.replace(record, crc32c=_native.crc32c_address(address + record.offset, record.nbytes))
-        for record in sealed.boxes
-    )
-    chunks = tuple(_native.crc32c_chunks(address, sealed.payload_bytes, sealed.chunk_bytes))
-    return msgspec.structs.replace(sealed, boxes=boxes, chunk_crc32c=chunks)

@@ -31,14 +31,30 @@ def publish(storage: Storage, attempt: Attempt, world_size: int, packs: Sequence
     work. Raises `CorruptCheckpoint` where the packs are not one whole state, and `StorageError` where another
     writer was here.
     """
+    manifest = make_manifest(attempt, world_size, packs, writer)
+    indexes = [read_index(storage, attempt.path, manifest, pack) for pack in manifest.packs]
+    check_coverage(indexes, attempt.path)
+    publish_references(storage, attempt.path, references(indexes))
+    return publish_manifest(storage, attempt.path, manifest)
+
+
+def make_manifest(attempt: Attempt, world_size: int, packs: Sequence[PackRecord], writer: str) -> Manifest:
+    """Raises `CorruptCheckpoint` where the packs are not one for each rank."""
     ordered = tuple(sorted(packs, key=lambda pack: pack.rank))
     manifest = Manifest(FORMAT, __version__, attempt, world_size, writer, ordered)
+    decode_manifest(encode_manifest(manifest), MANIFEST_PATH)  # what would not be read must not be written
+    return manifest
+
+
+def publish_references(storage: Storage, base: str, encoded: bytes) -> None:
+    """The reference view, durably, below `base`: before the manifest, since after it nothing may be missing."""
+    _create_once(storage, f"{base}/{REFERENCES_PATH}", encoded)
+
+
+def publish_manifest(storage: Storage, base: str, manifest: Manifest) -> str:
+    """The manifest, durably, when all that it names is there. Returns its sha256."""
     encoded = encode_manifest(manifest)
-    decode_manifest(encoded, f"{attempt.path}/{MANIFEST_PATH}")  # what would not be read must not be written
-    indexes = [read_index(storage, attempt.path, manifest, pack) for pack in ordered]
-    check_coverage(indexes, attempt.path)
-    _create_once(storage, f"{attempt.path}/{REFERENCES_PATH}", references(indexes))
-    _create_once(storage, f"{attempt.path}/{MANIFEST_PATH}", encoded)
+    _create_once(storage, f"{base}/{MANIFEST_PATH}", encoded)
     return hashlib.sha256(encoded).hexdigest()
 
 

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
-from ftrain import _native
 from ftrain.checkpoint.items import TensorItem
+from ftrain.checkpoint.host import lies_in_host_memory
 from ftrain.checkpoint.publish import read_index
 from ftrain.core import plain as plain_data
 from ftrain.core.layout import Box, Entry, Piece, local_box, read_plan, split, strides
 from ftrain.core.manifest import MANIFEST_PATH, Manifest, PackIndex, check_coverage, data_path, decode_manifest
 from ftrain.errors import CheckpointNotFound, CorruptCheckpoint, MismatchedState, NotFound
-from ftrain.storage.base import Storage
+from ftrain.storage.base import Ranges, Storage
 
-THREADS = 4
-DIRECT_BYTES = 32 << 20  # read straight into a tensor at a time
+THREADS = 4  # that read indexes
+BUFFER_BYTES = 64 << 20  # for what does not go straight to its place, and twice that where its parts are large
 _NAMED_MAX = 5  # keys in one error
 
 
@@ -107,9 +106,7 @@ class Checkpoint:
         """The plain data that this rank saved, by name. `rank` is below `world_size`."""
         return {name: plain_data.decode(value) for name, value in self._indexes[rank].plain.items()}
 
-    def read_into(
-        self, items: Sequence[TensorItem], rank: int, *, elsewhere: Collection[str] = (), threads: int = THREADS
-    ) -> None:
+    def read_into(self, items: Sequence[TensorItem], rank: int, *, elsewhere: Collection[str] = ()) -> None:
         """Fill the local tensors in place, from whichever boxes were saved; private ones from those of the same rank.
 
         `elsewhere` are keys that only other ranks ask for. Every byte is proved by a checksum before this returns.
@@ -118,17 +115,50 @@ class Checkpoint:
         is of no use.
         """
         self._check(items, rank, elsewhere)
-        jobs: list[Callable[[], None]] = []
+        ranges = Ranges([self._file(pack) for pack in range(self.world_size)])
+        proofs: list[tuple[str, int]] = []  # key and pack of each range
+        indirect: list[tuple[Piece, _Target]] = []
         for private in (False, True):
             chosen = [item for item in items if item.spec.private == private]
-            boxes = [local_box(item.spec, rank) for item in chosen]
-            wanted = [(item.spec.key, box) for item, box in zip(chosen, boxes, strict=True) if box is not None]
-            targets = [_Target(item.local, box) for item, box in zip(chosen, boxes, strict=True) if box is not None]
-            for piece in read_plan(wanted, self._entries(private, rank)):
+            rest = self._add_whole(chosen, private, rank, ranges, proofs)
+            boxes = [local_box(item.spec, rank) for item in rest]
+            wanted = [(item.spec.key, box) for item, box in zip(rest, boxes, strict=True) if box is not None]
+            targets = [_Target(item.local, box) for item, box in zip(rest, boxes, strict=True) if box is not None]
+            for piece in read_plan(wanted, self._entries(private, rank)) if wanted else ():
                 target = targets[piece.wanted]
-                parts = [piece] if target.takes_directly(piece) else split(piece)
-                jobs += [partial(self._fill, part, target) for part in parts]
-        _run_all(jobs, threads)
+                if target.takes_directly(piece):
+                    entry = piece.entry
+                    ranges.add(entry.pack, entry.crc32c, piece.offset, piece.nbytes, target.place(piece).data_ptr())
+                    proofs.append((entry.key, entry.pack))
+                else:
+                    indirect += [(part, target) for part in split(piece)]
+        for place in self._storage.read_ranges(ranges):
+            raise self._damaged(*proofs[place], ranges.offsets[place], ranges.sizes[place])
+        for batch in _batches(indirect):
+            self._read_through_buffer(batch)
+
+    def _add_whole(
+        self, items: Sequence[TensorItem], private: bool, rank: int, ranges: Ranges, proofs: list[tuple[str, int]]
+    ) -> list[TensorItem]:
+        """Add the ranges of tensors that were saved in one box and are wanted in one; return the other items."""
+        packs = range(self.world_size) if not private else [rank] if rank < self.world_size else []
+        found = {
+            record.key: (pack, record, crc32c)
+            for pack in packs
+            for record, crc32c in zip(self._indexes[pack].boxes, self._indexes[pack].box_crc32c, strict=True)
+            if record.private == private and record.box_shape == record.shape
+        }
+        rest = []
+        for item in items:
+            local = item.local
+            if item.spec.mesh is not None or item.spec.key not in found or not lies_in_host_memory(local):
+                rest.append(item)
+                continue
+            pack, record, crc32c = found[item.spec.key]
+            if record.nbytes:
+                ranges.add(pack, crc32c, record.offset, record.nbytes, local.data_ptr())
+                proofs.append((record.key, pack))
+        return rest
 
     def _entries(self, private: bool, rank: int) -> Iterable[Entry]:
         if not private:
@@ -159,52 +189,52 @@ class Checkpoint:
                 f"{self._storage.url}/{self._path} is of another model or optimizer: {'; '.join(filter(None, found))}"
             )
 
-    def _fill(self, piece: Piece, target: _Target) -> None:
-        if target.takes_directly(piece):
-            self._read_proved(piece, target.place(piece).data_ptr())
-            return
-        entry, index = piece.entry, self._indexes[piece.entry.pack]
+    def _read_through_buffer(self, batch: Sequence[tuple[Piece, _Target]]) -> None:
+        """Read what does not go straight to its place, and move it there. A part of an entry is proved by its chunks."""
+        spans = [self._span(piece) for piece, _ in batch]
+        ranges = Ranges([self._file(pack) for pack in range(self.world_size)])
+        sources: list[int] = []  # of each range, its place in the batch
+        pinned = any(target.is_on_device for _, target in batch)
+        room = sum(_aligned(end - begin) for begin, end in spans)
+        buffer = torch.empty(room, dtype=torch.uint8, pin_memory=pinned)
+        address, places = buffer.data_ptr(), []
+        for number, ((piece, _), (begin, end)) in enumerate(zip(batch, spans, strict=True)):
+            entry, index = piece.entry, self._indexes[piece.entry.pack]
+            places.append(address - buffer.data_ptr())
+            if piece.is_whole:
+                ranges.add(entry.pack, entry.crc32c, begin, end - begin, address)
+                sources.append(number)
+            else:
+                for chunk in range(begin // index.chunk_bytes, end // index.chunk_bytes):
+                    start = chunk * index.chunk_bytes
+                    ranges.add(
+                        entry.pack, index.chunk_crc32c[chunk], start, index.chunk_bytes, address + start - begin
+                    )
+                    sources.append(number)
+            address += _aligned(end - begin)
+        for place in self._storage.read_ranges(ranges):
+            entry = batch[sources[place]][0].entry
+            raise self._damaged(entry.key, entry.pack, ranges.offsets[place], ranges.sizes[place])
+        for (piece, target), (begin, _), place in zip(batch, spans, places, strict=True):
+            start = place + piece.offset - begin
+            elements = buffer[start : start + piece.nbytes].view(target.bits)
+            target.place(piece).copy_(elements.as_strided(piece.box.shape, strides(piece.entry.box)))
+
+    def _span(self, piece: Piece) -> tuple[int, int]:
+        """The bytes of the pack to be read for a piece: itself, or all chunks that it touches."""
         begin, end = piece.offset, piece.offset + piece.nbytes
-        if not piece.is_whole:
-            chunk = index.chunk_bytes
-            begin, end = begin // chunk * chunk, -(-end // chunk) * chunk
-        buffer = torch.empty(end - begin, dtype=torch.uint8)
         if piece.is_whole:
-            self._read_proved(piece, buffer.data_ptr())
-        else:
-            self._read_chunks(entry, begin, buffer)
-        start = piece.offset - begin
-        elements = buffer[start : start + piece.nbytes].view(target.bits)
-        saved = elements.as_strided(piece.box.shape, strides(entry.box))
-        target.place(piece).copy_(saved)
+            return begin, end
+        chunk = self._indexes[piece.entry.pack].chunk_bytes
+        return begin // chunk * chunk, -(-end // chunk) * chunk
 
-    def _read_proved(self, piece: Piece, address: int) -> None:
-        """Read a whole entry to `address`; its own checksum proves it."""
-        checksum = 0
-        for start in range(0, piece.nbytes, DIRECT_BYTES):
-            nbytes = min(DIRECT_BYTES, piece.nbytes - start)
-            self._storage.read_into(self._file(piece.entry), piece.offset + start, address + start, nbytes)
-            checksum = _native.crc32c_address(address + start, nbytes, checksum)
-        if checksum != piece.entry.crc32c:
-            raise self._damaged(piece.entry, piece.offset, piece.nbytes)
+    def _file(self, pack: int) -> str:
+        return f"{self._path}/{data_path(self._manifest.packs[pack].path)}"
 
-    def _read_chunks(self, entry: Entry, begin: int, buffer: torch.Tensor) -> None:
-        """Read whole chunks from `begin` of the entry's pack; the checksums of the chunks prove them."""
-        index = self._indexes[entry.pack]
-        self._storage.read_into(self._file(entry), begin, buffer.data_ptr(), buffer.nbytes)
-        found = _native.crc32c_chunks(buffer.data_ptr(), buffer.nbytes, index.chunk_bytes)
-        first = begin // index.chunk_bytes
-        for number, checksum in enumerate(found, first):
-            if checksum != index.chunk_crc32c[number]:
-                raise self._damaged(entry, number * index.chunk_bytes, index.chunk_bytes)
-
-    def _file(self, entry: Entry) -> str:
-        return f"{self._path}/{data_path(self._manifest.packs[entry.pack].path)}"
-
-    def _damaged(self, entry: Entry, offset: int, nbytes: int) -> CorruptCheckpoint:
+    def _damaged(self, key: str, pack: int, offset: int, nbytes: int) -> CorruptCheckpoint:
         return CorruptCheckpoint(
-            f"{self._storage.url}/{self._file(entry)}: the {nbytes} bytes at offset {offset} do not match their "
-            f"checksum (tensor {entry.key}, saved by rank {entry.pack}); restore from another checkpoint"
+            f"{self._storage.url}/{self._file(pack)}: the {nbytes} bytes at offset {offset} do not match their "
+            f"checksum (tensor {key}, saved by rank {pack}); restore from another checkpoint"
         )
 
 
@@ -216,6 +246,10 @@ class _Target:
         self._box = box
         self.bits = _BITS[local.element_size()]
         self._bits = local.detach().view(self.bits)
+
+    @property
+    def is_on_device(self) -> bool:
+        return self._bits.device.type == "cuda"
 
     def takes_directly(self, piece: Piece) -> bool:
         """The piece is all of its entry and comes to lie in one run of this tensor's memory."""
@@ -240,12 +274,20 @@ def _named(what: str, keys: Sequence[str]) -> str:
     return f"{what}: {', '.join(keys[:_NAMED_MAX])}{more}"
 
 
-def _run_all(jobs: Sequence[Callable[[], None]], threads: int) -> None:
-    """Run the jobs in threads, and raise the first error once none runs any more."""
-    with ThreadPoolExecutor(threads, "ftrain-restore") as pool:
-        futures = [pool.submit(job) for job in jobs]
-        done, rest = wait(futures, return_when=FIRST_EXCEPTION)
-        for future in rest:
-            future.cancel()
-    for future in done:
-        future.result()
+def _aligned(nbytes: int) -> int:
+    """So that the next one begins where an element of any type may."""
+    return -(-nbytes // 64) * 64
+
+
+def _batches(parts: Sequence[tuple[Piece, _Target]]) -> Iterator[list[tuple[Piece, _Target]]]:
+    """The parts in runs that need about BUFFER_BYTES each."""
+    batch: list[tuple[Piece, _Target]] = []
+    nbytes = 0
+    for piece, target in parts:
+        if batch and nbytes + piece.nbytes > BUFFER_BYTES:
+            yield batch
+            batch, nbytes = [], 0
+        batch.append((piece, target))
+        nbytes += piece.nbytes
+    if batch:
+        yield batch

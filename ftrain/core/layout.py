@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
+
+import msgspec
 
 from ftrain.errors import CorruptCheckpoint, MismatchedState, UnsupportedTensor
 
@@ -54,16 +55,14 @@ def item_bytes(dtype: str, key: str) -> int:
         ) from None
 
 
-@dataclass(frozen=True, slots=True)
-class Mesh:
+class Mesh(msgspec.Struct, frozen=True, gc=False):
     """Ranks in a grid. `ranks` is row-major: the last dimension of `shape` runs fastest."""
 
     shape: tuple[int, ...]
     ranks: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
+class TensorSpec(msgspec.Struct, frozen=True, gc=False):
     """One rank's view of one tensor.
 
     `shape` is the global shape, `placements` one of "R" (replicated) or "S<dim>" (sharded) for each mesh dimension.
@@ -90,8 +89,7 @@ def describe(spec: TensorSpec) -> str:
     return f"{spec.dtype}{list(spec.shape)}{where}"
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Box:
+class Box(msgspec.Struct, frozen=True, order=True, gc=False):
     """A block of a global tensor. A scalar's box is `Box((), ())`, of volume 1."""
 
     offset: tuple[int, ...]
@@ -155,8 +153,7 @@ def _unravel(position: int, shape: tuple[int, ...]) -> tuple[int, ...]:
 # ----------------------------------------------------------------------------------------------------- who writes what
 
 
-@dataclass(frozen=True, slots=True)
-class WriteItem:
+class WriteItem(msgspec.Struct, frozen=True, gc=False):
     """One box that one rank writes: all that it holds of that tensor, C-contiguous."""
 
     spec: TensorSpec
@@ -208,6 +205,8 @@ def _by_content(
 def _holders(named: Sequence[tuple[TensorSpec, tuple[int, ...]]]) -> dict[Box, tuple[int, ...]]:
     """Which ranks hold each box of one tensor, of which `named` are all the views."""
     first, first_ranks = named[0]
+    if len(named) == 1 and first.mesh is None:
+        return {whole(first.shape): first_ranks}
     naming: dict[Mesh | None, set[int]] = {}
     for spec, ranks in named:
         if _nature(spec) != _nature(first):
@@ -274,8 +273,7 @@ def _in_order(items: Iterable[WriteItem], specs: Sequence[TensorSpec]) -> tuple[
 # ------------------------------------------------------------------------------------------------------ a pack's image
 
 
-@dataclass(frozen=True, slots=True)
-class SlotLayout:
+class SlotLayout(msgspec.Struct, frozen=True, gc=False):
     """A pack's bytes, in memory as in the file: boxes, zeros, the shard index. All offsets and sizes in bytes."""
 
     offsets: tuple[int, ...]  # of each item
@@ -325,8 +323,7 @@ def align(nbytes: int) -> int:
 # ----------------------------------------------------------------------------------------------------- reading it back
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(msgspec.Struct, frozen=True, gc=False):
     """One written box: `nbytes` at `offset` of the payload of the pack that rank `pack` wrote."""
 
     key: str
@@ -341,8 +338,7 @@ class Entry:
         return self.nbytes // self.box.volume
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(msgspec.Struct, frozen=True, gc=False):
     """What one entry gives to one wanted box.
 
     The elements of `box` (in global coordinates) are all within the `nbytes` at `offset` of the entry's pack, with

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from math import prod
 from typing import Annotated, Any
 
 import msgspec
@@ -29,7 +30,7 @@ Key = Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
 Shape = Annotated[tuple[Count, ...], msgspec.Meta(max_length=DIMENSIONS_MAX)]
 
 
-class BoxRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class BoxRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     """One box of one tensor: `nbytes` at `offset` of the pack, elements in C order, little-endian."""
 
     key: Key
@@ -40,15 +41,19 @@ class BoxRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     private: bool
     offset: Count
     nbytes: Count
-    crc32c: Crc32c
 
     @property
     def box(self) -> Box:
         return Box(self.box_offset, self.box_shape)
 
+    @property
+    def is_whole(self) -> bool:
+        """The box is all of its tensor."""
+        return self.box_shape == self.shape
+
 
 class PackIndex(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """All that one rank wrote. While it is only in the arena, checksums are 0 and `chunk_crc32c` is empty."""
+    """All that one rank wrote. While it is only in the arena, there are no checksums yet."""
 
     format: int
     attempt: Attempt
@@ -57,15 +62,16 @@ class PackIndex(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     payload_bytes: Count
     chunk_bytes: Annotated[int, msgspec.Meta(ge=ALIGNMENT_BYTES, le=CHUNK_BYTES_MAX)]
     image_bytes: Count
-    boxes: tuple[BoxRecord, ...]
-    chunk_crc32c: tuple[Crc32c, ...]
+    boxes: tuple[BoxRecord, ...]  # in order of their offsets
+    box_crc32c: tuple[Crc32c, ...]  # of each box
+    chunk_crc32c: tuple[Crc32c, ...]  # of each chunk of the payload
     plain: dict[str, Any]  # this rank's plain data by name, as `core.plain` encodes it
 
     def entries(self, private: bool) -> list[Entry]:
         """The boxes for `core.layout.read_plan`: this rank's own, or those of the tensors that all ranks share."""
         return [
-            Entry(record.key, record.box, self.rank, record.offset, record.nbytes, record.crc32c)
-            for record in self.boxes
+            Entry(record.key, record.box, self.rank, record.offset, record.nbytes, crc32c)
+            for record, crc32c in zip(self.boxes, self.box_crc32c, strict=True)
             if record.private == private
         ]
 
@@ -84,6 +90,22 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class _Envelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sha256: Sha256
     manifest: msgspec.Raw
+
+
+class _IndexFile(msgspec.Struct, frozen=True):
+    """A `PackIndex` whose largest part is encoded already."""
+
+    format: int
+    attempt: Attempt
+    rank: int
+    world_size: int
+    payload_bytes: int
+    chunk_bytes: int
+    image_bytes: int
+    boxes: msgspec.Raw
+    box_crc32c: tuple[int, ...]
+    chunk_crc32c: tuple[int, ...]
+    plain: dict[str, Any]
 
 
 _INDEX = msgspec.json.Decoder(PackIndex)
@@ -106,9 +128,18 @@ def data_path(pack: str) -> str:
     return f"{pack}/c/0"
 
 
-def encode_index(index: PackIndex) -> bytes:
-    """The index's file. Its digest is in the pack's record, so it carries none itself."""
-    return msgspec.json.encode(index)
+def encode_index(index: PackIndex, boxes: msgspec.Raw | None = None) -> bytes:
+    """The index's file. Its digest is in the pack's record, so it carries none itself.
+
+    `boxes` is `encode_boxes(index.boxes)`, for those who have it already.
+    """
+    raw = encode_boxes(index.boxes) if boxes is None else boxes
+    fields = {name: getattr(index, name) for name in PackIndex.__struct_fields__ if name != "boxes"}
+    return msgspec.json.encode(_IndexFile(boxes=raw, **fields))
+
+
+def encode_boxes(boxes: tuple[BoxRecord, ...]) -> msgspec.Raw:
+    return msgspec.Raw(msgspec.json.encode(boxes))
 
 
 def decode_index(data: bytes, path: str, *, sealed: bool = False) -> PackIndex:
@@ -146,10 +177,16 @@ def decode_manifest(data: bytes, path: str) -> Manifest:
 
 def check_coverage(indexes: Iterable[PackIndex], where: str) -> None:
     """Each element of every tensor is there exactly once. Raises `CorruptCheckpoint` naming one that is not."""
+    alone: set[str] = set()  # covered by one box, as most are
     tensors: dict[str, tuple[BoxRecord, int, list[Box]]] = {}
     for index in indexes:
         for record in index.boxes:
             if record.private:
+                continue
+            if record.box_shape == record.shape and prod(record.shape):
+                if record.key in alone:
+                    raise CorruptCheckpoint(f"{where}: {record.key} is not covered exactly once: it is there twice")
+                alone.add(record.key)
                 continue
             first, rank, boxes = tensors.setdefault(record.key, (record, index.rank, []))
             if (record.dtype, record.shape) != (first.dtype, first.shape):
@@ -159,6 +196,8 @@ def check_coverage(indexes: Iterable[PackIndex], where: str) -> None:
                 )
             boxes.append(record.box)
     for key, (first, _, boxes) in tensors.items():
+        if key in alone:
+            raise CorruptCheckpoint(f"{where}: {key} is not covered exactly once: parts of it are there twice")
         problem = uncovered(first.shape, boxes)
         if problem:
             raise CorruptCheckpoint(f"{where}: {key} is not covered exactly once: {problem}")
@@ -183,24 +222,46 @@ def _validate_index(index: PackIndex, path: str, sealed: bool) -> None:
         len(index.chunk_crc32c) == (0 if sealed else chunks),
         f"{len(index.chunk_crc32c)} chunk checksums for {chunks} chunks",
     )
+    check(
+        len(index.box_crc32c) == (0 if sealed else len(index.boxes)),
+        f"{len(index.box_crc32c)} box checksums for {len(index.boxes)} boxes",
+    )
     end = 0
-    seen: set[tuple[str, bool]] = set()
-    for record in sorted(index.boxes, key=lambda record: (record.offset, record.nbytes)):
-        where = f"the box of {record.key} at {list(record.box_offset)}"
-        check(record.dtype in ITEM_BYTES, f"{where} has the unknown dtype {record.dtype}")
-        check(not _misplaced(record), f"{where} does not fit into the shape {list(record.shape)}")
-        size = record.box.volume * ITEM_BYTES[record.dtype]
-        check(record.nbytes == size, f"{where} has {record.nbytes} bytes instead of {size}")
-        check(record.offset % ALIGNMENT_BYTES == 0, f"{where} begins within a page")
-        check(record.offset >= end, f"{where} overlaps the one before it")
-        check((record.key, record.private) not in seen, f"{record.key} is there twice")
-        seen.add((record.key, record.private))
+    for record in index.boxes:
+        problem = _box_problem(record, end, index.payload_bytes)
+        if problem:
+            raise CorruptCheckpoint(f"{path}: the box of {record.key} at {list(record.box_offset)} {problem}")
         end = record.offset + record.nbytes
-        check(end <= index.payload_bytes, f"{where} reaches beyond the payload")
+    for private in (False, True):
+        keys = [record.key for record in index.boxes if record.private == private]
+        if len(set(keys)) != len(keys):
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise CorruptCheckpoint(f"{path}: {twice} is there twice")
+
+
+def _box_problem(record: BoxRecord, end: int, payload_bytes: int) -> str:
+    """What is wrong with a box that follows one that ends at `end`; empty when nothing is."""
+    item = ITEM_BYTES.get(record.dtype)
+    if item is None:
+        return f"has the unknown dtype {record.dtype}"
+    if _misplaced(record):
+        return f"does not fit into the shape {list(record.shape)}"
+    size = prod(record.box_shape) * item
+    if record.nbytes != size:
+        return f"has {record.nbytes} bytes instead of {size}"
+    if record.offset % ALIGNMENT_BYTES:
+        return "begins within a page"
+    if record.offset < end:
+        return "overlaps the one before it, or is out of order"
+    if record.offset + record.nbytes > payload_bytes:
+        return "reaches beyond the payload"
+    return ""
 
 
 def _misplaced(record: BoxRecord) -> bool:
     """The box is not inside of its tensor, or is a part of a private one."""
+    if record.box_shape == record.shape and len(record.box_offset) == len(record.shape) and not any(record.box_offset):
+        return False
     dimensions = len(record.shape)
     if len(record.box_offset) != dimensions or len(record.box_shape) != dimensions:
         return True

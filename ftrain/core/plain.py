@@ -12,11 +12,23 @@ import binascii
 import math
 from collections.abc import Mapping
 
+import msgspec
+
 from ftrain.errors import CorruptCheckpoint, NotPlainData
 
 DEPTH_MAX = 64
 TAG = "$"
 _JSON_INTEGER_MAX = 1 << 53  # beyond it a JSON reader may round
+
+
+class Encoded:
+    """Plain data that was encoded before: `encode` leaves it as it is. For what is large and stays the same."""
+
+    __slots__ = ("raw",)
+
+    def __init__(self, value: object, where: str) -> None:
+        """Raises as `encode`."""
+        self.raw = msgspec.Raw(msgspec.json.encode(encode(value, where)))
 
 
 def encode(value: object, where: str) -> object:
@@ -40,6 +52,9 @@ def _encode(value: object, where: str, depth: int) -> object:
     kind = type(value)
     if value is None or kind is bool:
         return value
+    if kind is Encoded:
+        assert isinstance(value, Encoded)
+        return value.raw
     if kind is str:
         assert isinstance(value, str)
         return _encode_string(value, where)

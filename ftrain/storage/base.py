@@ -2,8 +2,47 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Protocol
+
+from ftrain._native import Pack
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How hard to work: threads, how far below the caller's priority, and an upper bound of bytes a second (0: none)."""
+
+    threads: int = 1
+    nice: int = 0
+    bytes_per_second_max: int = 0
+
+
+def _words() -> array[int]:
+    return array("Q")
+
+
+@dataclass(frozen=True, slots=True)
+class Ranges:
+    """Byte ranges of objects and where in memory they go, as columns of 64-bit words."""
+
+    paths: list[str]
+    files: array[int] = field(default_factory=_words)  # place in `paths`
+    sums: array[int] = field(default_factory=_words)  # crc32c
+    offsets: array[int] = field(default_factory=_words)
+    sizes: array[int] = field(default_factory=_words)
+    addresses: array[int] = field(default_factory=_words)  # 0: only to be proved
+
+    def add(self, file: int, crc32c: int, offset: int, nbytes: int, address: int) -> None:
+        self.files.append(file)
+        self.sums.append(crc32c)
+        self.offsets.append(offset)
+        self.sizes.append(nbytes)
+        self.addresses.append(address)
+
+    def __len__(self) -> int:
+        return len(self.files)
 
 
 class Storage(Protocol):
@@ -30,10 +69,12 @@ class Storage(Protocol):
         """Whether `path` holds exactly `data`, durably: what to ask after `AlreadyExists`, when it may be one's own."""
         ...
 
-    def write_from(self, path: str, address: int, nbytes: int, *, should_stop: Callable[[], bool]) -> None:
-        """As `create`, from memory at `address`. Fails with `StorageError` soon after `should_stop` answered True.
+    def write_pack(
+        self, path: str, pack: Pack, effort: Effort, *, should_stop: Callable[[], bool]
+    ) -> tuple[list[int], list[int]]:
+        """As `create`, from wherever the pack's boxes lie. Returns the crc32c of each box and of each chunk.
 
-        Fastest where `address` and `nbytes` are multiples of 4096.
+        Fails with `StorageError` soon after `should_stop` answered True.
         """
         ...
 
@@ -41,8 +82,11 @@ class Storage(Protocol):
         """All of `path`. Raises `NotFound`."""
         ...
 
-    def read_into(self, path: str, offset: int, address: int, nbytes: int) -> None:
-        """Fill memory at `address` from `offset` of `path`. Raises `NotFound` or, when short, `CorruptCheckpoint`."""
+    def read_ranges(self, ranges: Ranges) -> list[int]:
+        """Fill memory from ranges of objects, and prove each: returns the places of those that are damaged.
+
+        Raises `NotFound` or, where an object ends early, `CorruptCheckpoint`.
+        """
         ...
 
     def size(self, path: str) -> int:

@@ -14,13 +14,20 @@ import shutil
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from ftrain import _native
+from ftrain._native import Pack
 from ftrain.core.layout import ALIGNMENT_BYTES
 from ftrain.errors import AlreadyExists, CorruptCheckpoint, NotFound, StorageError, UnknownOutcome
+from ftrain.storage.base import Effort, Ranges
 
-SEGMENT_BYTES = 64 << 20  # written between two looks at `should_stop`
+READ_THREADS = 2
+FILES_MAX = 256  # open at a time
+CACHED_SHARE_MIN = 0.5  # of a file, from which reading it through the page cache is faster
 _MAKE_TRIES = 8
+
+_T = TypeVar("_T")
 
 
 class PosixStorage:
@@ -57,20 +64,27 @@ class PosixStorage:
             raise _failure("cannot confirm", target, error) from error
         return True
 
-    def write_from(self, path: str, address: int, nbytes: int, *, should_stop: Callable[[], bool]) -> None:
-        def write(descriptor: int) -> None:
-            for start in range(0, nbytes, SEGMENT_BYTES):
-                if should_stop():
-                    raise StorageError(f"writing {self._path(path)} was stopped: its checkpoint attempt is over")
-                _native.write_from(descriptor, address + start, min(SEGMENT_BYTES, nbytes - start), start)
+    def write_pack(
+        self, path: str, pack: Pack, effort: Effort, *, should_stop: Callable[[], bool]
+    ) -> tuple[list[int], list[int]]:
+        def stop_if_over() -> None:
+            if should_stop():
+                raise StorageError(f"writing {self._path(path)} was stopped: its checkpoint attempt is over")
 
-        if address % ALIGNMENT_BYTES == 0 and nbytes % ALIGNMENT_BYTES == 0:
-            try:
-                self._create(path, nbytes, os.O_DIRECT, write)
-                return
-            except _NoDirectIO:
-                pass
-        self._create(path, nbytes, 0, write)
+        def write(descriptor: int) -> tuple[list[int], list[int]]:
+            stop_if_over()
+            return pack.write(
+                descriptor,
+                threads=effort.threads,
+                nice=effort.nice,
+                bytes_per_second_max=effort.bytes_per_second_max,
+                on_idle=stop_if_over,
+            )
+
+        try:
+            return self._create(path, pack.nbytes, os.O_DIRECT, write)
+        except _NoDirectIO:
+            return self._create(path, pack.nbytes, 0, write)
 
     def read(self, path: str) -> bytes:
         target = self._path(path)
@@ -80,18 +94,33 @@ class PosixStorage:
         except OSError as error:
             raise _failure("cannot read", target, error) from error
 
-    def read_into(self, path: str, offset: int, address: int, nbytes: int) -> None:
-        target = self._path(path)
+    def read_ranges(self, ranges: Ranges) -> list[int]:
+        if len(ranges.paths) <= FILES_MAX:
+            return self._read_ranges(ranges.paths, ranges)
+        damaged: list[int] = []
+        for first in range(0, len(ranges.paths), FILES_MAX):
+            part, places = _of_files(ranges, first, first + FILES_MAX)
+            damaged += [places[place] for place in self._read_ranges(part.paths, part)]
+        return sorted(damaged)
+
+    def _read_ranges(self, paths: list[str], ranges: Ranges) -> list[int]:
+        files: list[tuple[int, bool]] = []
+        where = self._path("")
         try:
-            descriptor = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                _native.read_into(descriptor, address, nbytes, offset)
-            finally:
-                os.close(descriptor)
-        except EOFError:
-            raise CorruptCheckpoint(f"{target}: ends before byte {offset + nbytes}; the file was cut short") from None
+            for path in paths:
+                where = self._path(path)
+                files.append(_open_to_read(where))
+            where = self._path(paths[0]) if len(paths) == 1 else self._path("")
+            return _native.fetch(
+                files, ranges.files, ranges.sums, ranges.offsets, ranges.sizes, ranges.addresses, threads=READ_THREADS
+            )
+        except EOFError as error:
+            raise CorruptCheckpoint(f"{where}: a file was cut short: {error}") from None
         except OSError as error:
-            raise _failure("cannot read", target, error) from error
+            raise _failure("cannot read", where, error) from error
+        finally:
+            for descriptor, _ in files:
+                os.close(descriptor)
 
     def size(self, path: str) -> int:
         target = self._path(path)
@@ -152,12 +181,12 @@ class PosixStorage:
                 f"{self._path(path)} may be gone after a crash: syncing its directory failed; check the disk"
             )
 
-    def _create(self, path: str, nbytes: int, flags: int, write: Callable[[int], None]) -> None:
+    def _create(self, path: str, nbytes: int, flags: int, write: Callable[[int], _T]) -> _T:
         target = self._path(path)
         temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
         try:
             self._make_directories(target.parent)
-            _write_synced(temporary, flags, write)
+            result = _write_synced(temporary, flags, write)
             _link(temporary, target)
         except OSError as error:
             if flags & os.O_DIRECT and error.errno == errno.EINVAL:
@@ -172,6 +201,7 @@ class PosixStorage:
                     f"{target} was written, but its directory could not be synced ({os.strerror(error.errno or 0)}): "
                     "it may be gone after a crash; check the disk"
                 ) from error
+            return result
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
@@ -209,13 +239,39 @@ class _NoDirectIO(Exception):
     """This file system does not do direct I/O."""
 
 
-def _write_synced(temporary: Path, flags: int, write: Callable[[int], None]) -> None:
+def _write_synced(temporary: Path, flags: int, write: Callable[[int], _T]) -> _T:
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | flags, 0o644)
     try:
-        write(descriptor)
+        result = write(descriptor)
         os.fsync(descriptor)
+        return result
     finally:
         os.close(descriptor)
+
+
+def _open_to_read(path: Path) -> tuple[int, bool]:
+    """A descriptor, and whether it is for direct I/O: what the page cache holds already is not read from the disk again."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    if _native.cached_share(descriptor) > CACHED_SHARE_MIN or os.fstat(descriptor).st_size % ALIGNMENT_BYTES:
+        return descriptor, False
+    try:
+        direct = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+    except OSError:
+        return descriptor, False
+    os.close(descriptor)
+    return direct, True
+
+
+def _of_files(ranges: Ranges, first: int, end: int) -> tuple[Ranges, list[int]]:
+    """The ranges of some of the files, and their places among all."""
+    part, places = Ranges(ranges.paths[first:end]), []
+    for place, file in enumerate(ranges.files):
+        if first <= file < end:
+            places.append(place)
+            part.add(
+                file - first, ranges.sums[place], ranges.offsets[place], ranges.sizes[place], ranges.addresses[place]
+            )
+    return part, places
 
 
 def _link(temporary: Path, target: Path) -> None:

@@ -20,6 +20,7 @@ from ftrain import _native
 from ftrain.core.layout import ITEM_BYTES, Box
 from ftrain.core.manifest import FORMAT, BoxRecord, PackIndex, data_path, pack_path
 
+CONSOLIDATED_MAX = 4096  # nodes, beyond which saying everything twice costs more than it saves
 CHUNKS_MAX = 1 << 20  # of one array, beyond which its boxes are shown one by one
 
 # What zarr-python has no type for is shown as unsigned integers of the same size; the attribute `dtype` has the name.
@@ -76,7 +77,8 @@ def references(indexes: Sequence[PackIndex]) -> bytes:
         _add(view, array_name(key), parts)
     # With the metadata of all nodes in the root's, a reader lists and opens them without asking storage for each.
     root = _group({"ftrain_format": FORMAT})
-    root["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": view.nodes}
+    if len(view.nodes) <= CONSOLIDATED_MAX:
+        root["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": view.nodes}
     nodes = {"": root, **view.nodes}
     metadata = {f"{name}/zarr.json".lstrip("/"): _json(node).decode() for name, node in nodes.items()}
     return _json({"version": 1, "refs": {**metadata, **view.chunks}})

@@ -26,7 +26,7 @@ from ftrain.worker import process_group, random_state
 from ftrain.worker.data import Batches
 from ftrain.worker.link import Armed, Link, from_environment, leave_signals_to_agent
 from ftrain.worker.snapshots import Snapshots
-from ftrain.worker.tracked import Tracked
+from ftrain.checkpoint.tracked import Tracked
 
 GROUP_TIMEOUT = timedelta(minutes=10)
 _joined: list[Run] = []
@@ -277,14 +277,9 @@ class Steps:
         number = armed.attempt.number
         self._attempt_seen = number
         self._link.enter(Phase.SNAPSHOT)
-        started = time.monotonic()
-        try:
-            self._run.snapshots.take(armed)
-        except Exception as error:  # noqa: BLE001 - whatever a user's state_dict raises, too, becomes the attempt's cause
-            self._link.not_sealed(number, f"{type(error).__name__}: {error}")
-        else:
-            self._link.sealed(number, time.monotonic() - started)
+        self._run.snapshots.take(armed)
         if armed.hold:
+            self._run.snapshots.wait()
             self._link.hold(number)
 
     def _end(self) -> None:
@@ -292,10 +287,13 @@ class Steps:
         if self._link is None:
             return
         self._send_metrics()
+        if self._run.snapshots is not None:
+            self._run.snapshots.wait()
         if self._link.boot.checkpoints and self._done:
             self._link.say(local.WorkerAtEnd(self._done))
             while armed := self._link.wait_armed(self._done, self._attempt_seen):
                 self._snapshot(armed)
+                self._run.snapshots.wait()
         self._link.enter(Phase.DONE)
 
     def _send_metrics(self) -> None:

@@ -1,5 +1,7 @@
 """Takes this rank's snapshots, and sees to it that all ranks agree on who writes what.
 
+A snapshot begins at its boundary and is finished and sealed by a thread, while the next step runs.
+
 All ranks plan together at their first boundary, which every one of them reaches. From then on a snapshot waits for
 nobody. When what a rank tracks has changed since (an optimizer that got more state), its snapshot fails and it says so
 in the group's store; all ranks look there at the next attempt, which no rank can be at before this one was given up,
@@ -9,6 +11,8 @@ boundary before it was armed.
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 
@@ -16,6 +20,7 @@ from torch.distributed import DistStoreError, Store
 
 from ftrain.checkpoint.items import TensorItem
 from ftrain.checkpoint.snapshot import Snapshotter
+from ftrain.checkpoint.stage import Staging
 from ftrain.errors import MismatchedState, Unavailable
 from ftrain.worker.link import Armed, Link
 
@@ -38,6 +43,7 @@ class Snapshots:
         self._planned_at: int | None = None  # number of the attempt that was planned for, 0 for the first boundary
         self._planning: Armed | None = None
         self._rounds = 0
+        self._finishing: threading.Thread | None = None
 
     def prepare(self) -> None:
         """At the first boundary: plan with all ranks, and reserve the arena. Waits for all of them.
@@ -48,7 +54,28 @@ class Snapshots:
             self._plan(None)
 
     def take(self, armed: Armed) -> None:
-        """Fill the slot that was armed, and seal it. Raises what kept it from that."""
+        """Begin to fill the slot that was armed; a thread seals it and tells the agent. Or tell it what went wrong."""
+        self.wait()
+        began = time.monotonic()
+        try:
+            finish = self._begin(armed)
+        except Exception as error:  # noqa: BLE001 - whatever a user's state_dict raises, too, becomes the attempt's cause
+            self._failed(armed.attempt.number, error)
+            return
+        boundary_seconds = time.monotonic() - began
+        # No daemon: a script that ends now still gets its snapshot sealed.
+        self._finishing = threading.Thread(
+            target=self._finish, args=(armed, finish, boundary_seconds), name="ftrain-seal"
+        )
+        self._finishing.start()
+
+    def wait(self) -> None:
+        """Until the snapshot in flight, if there is one, is sealed or given up."""
+        if self._finishing is not None:
+            self._finishing.join()
+            self._finishing = None
+
+    def _begin(self, armed: Armed) -> Callable[[], Staging]:
         number = armed.attempt.number
         if self._is_replan_due(number):
             try:
@@ -58,10 +85,22 @@ class Snapshots:
                 raise
         items, plain = self._capture()
         try:
-            self._snapshotter.take(armed.slot, armed.attempt, items, plain)
+            return self._snapshotter.take(armed.slot, armed.attempt, items, plain)
         except MismatchedState:
             self._ask_replan(number)
             raise
+
+    def _finish(self, armed: Armed, finish: Callable[[], Staging], boundary_seconds: float) -> None:
+        try:
+            staging = finish()
+        except Exception as error:  # noqa: BLE001 - a thread's edge: the attempt is given up, the training goes on
+            self._failed(armed.attempt.number, error)
+        else:
+            waited = staging.stall_seconds - staging.boundary_seconds
+            self._link.sealed(armed.attempt.number, boundary_seconds + waited)
+
+    def _failed(self, number: int, error: Exception) -> None:
+        self._link.not_sealed(number, f"{type(error).__name__}: {error}")
 
     def _plan(self, armed: Armed | None) -> None:
         self._planning, self._rounds = armed, 0

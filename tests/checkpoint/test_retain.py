@@ -54,7 +54,7 @@ def test_a_removed_checkpoint_is_gone_and_removing_it_again_is_no_error(tmp_path
 PERSIST = """
 import os, signal, sys
 from ftrain.checkpoint.arena import Arena
-from ftrain.checkpoint.persist import persist
+from ftrain.checkpoint.persist import persist_slot
 from ftrain.core.messages import Attempt
 from ftrain.storage import PosixStorage
 
@@ -71,7 +71,7 @@ def deadly(call):
 
 for name in ("open", "write", "fsync", "link", "close", "unlink", "mkdir"):
     setattr(os, name, deadly(getattr(os, name)))
-persist(PosixStorage(sys.argv[2]), Attempt(1, 20, 2), 0, Arena(int(sys.argv[3])), 0, lambda: False)
+persist_slot(PosixStorage(sys.argv[2]), Attempt(1, 20, 2), 0, Arena(int(sys.argv[3])), 0, lambda: False)
 print(left)
 """
 

@@ -99,7 +99,7 @@ def test_pieces_smaller_than_a_chunk_are_read_through_bounded_memory(
     save(storage, ATTEMPT, 1, placed({"w": (tensor, ("S0",))}, line(1)))
     real = restore.split
     monkeypatch.setattr(restore, "split", lambda piece: real(piece, 100_000))
-    monkeypatch.setattr(restore, "DIRECT_BYTES", 4096 * 3)
+    monkeypatch.setattr(restore, "BUFFER_BYTES", 250_000)
     check_equal_on(storage, 2, placed({"w": (tensor, ("S1",))}, line(2)))
     check_equal_on(storage, 1, placed({"w": (tensor, ("S0",))}, line(1)))
 
@@ -330,7 +330,7 @@ def test_a_pack_that_is_not_what_was_prepared_is_not_published(storage: PosixSto
     packs = prepared(storage)
     file = Path(storage.url, ATTEMPT.path, "packs/00000.index.json")
     body = json.loads(file.read_bytes())
-    body["boxes"][0]["crc32c"] ^= 1
+    body["box_crc32c"][0] ^= 1
     file.write_text(json.dumps(body))
     with pytest.raises(CorruptCheckpoint, match=r"packs/00000\.index\.json.*rank 0.*sha256"):
         publish(storage, ATTEMPT, 2, packs, "me")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ftrain.checkpoint.items import TensorItem, item_of
-from ftrain.checkpoint.persist import persist
+from ftrain.checkpoint.persist import persist_slot
 from ftrain.checkpoint.publish import publish
 from ftrain.checkpoint.restore import Checkpoint
 from ftrain.core.messages import Attempt
@@ -80,7 +80,7 @@ def test_shared_tensors_that_changed_since_the_plan_are_refused(change: object, 
         with pytest.raises(MismatchedState, match=problem):
             world.take(SECOND, lambda _: change(weights(2)))  # type: ignore[operator]
         # The slot still holds the first: nothing was touched.
-        persist(PosixStorage(tmp_path), FIRST, 0, world.arenas[0], 0, lambda: False)
+        persist_slot(PosixStorage(tmp_path), FIRST, 0, world.arenas[0], 0, lambda: False)
 
 
 def test_after_a_new_plan_the_new_tensors_are_taken(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_plain_data_that_is_not_plain_leaves_the_slot_alone(tmp_path: Path) -> N
         with pytest.raises(NotPlainData, match=r"sampler\.seen"):
             world.take(FIRST, lambda _: weights(1), lambda _: {"sampler": {"seen": {1, 2}}})
         with pytest.raises(CorruptCheckpoint, match="no sealed snapshot"):
-            persist(PosixStorage(tmp_path), FIRST, 0, world.arenas[0], 0, lambda: False)
+            persist_slot(PosixStorage(tmp_path), FIRST, 0, world.arenas[0], 0, lambda: False)
 
 
 def test_ranks_that_disagree_are_told_on_every_rank() -> None:
@@ -129,7 +129,7 @@ def test_a_slot_with_another_attempt_is_not_persisted(tmp_path: Path) -> None:
         world.plan(lambda _: weights(0))
         world.take(FIRST, lambda _: weights(1))
         with pytest.raises(CorruptCheckpoint, match=r"is of rank 0, step 10 .* instead of step 20"):
-            persist(PosixStorage(tmp_path), SECOND, 0, world.arenas[0], 0, lambda: False)
+            persist_slot(PosixStorage(tmp_path), SECOND, 0, world.arenas[0], 0, lambda: False)
 
 
 def test_persisting_stops_when_it_is_told_to(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_persisting_stops_when_it_is_told_to(tmp_path: Path) -> None:
         world.plan(lambda _: weights(0))
         world.take(FIRST, lambda _: weights(1))
         with pytest.raises(StorageError, match="stopped"):
-            persist(PosixStorage(tmp_path), FIRST, 0, world.arenas[0], 0, lambda: True)
+            persist_slot(PosixStorage(tmp_path), FIRST, 0, world.arenas[0], 0, lambda: True)
         assert not PosixStorage(tmp_path).exists(f"{FIRST.path}/packs/00000/c/0")
 
 

@@ -13,7 +13,7 @@ import torch
 from ftrain import _native
 from ftrain.checkpoint.arena import Arena
 from ftrain.checkpoint.items import TensorItem
-from ftrain.checkpoint.persist import persist
+from ftrain.checkpoint.persist import persist_slot
 from ftrain.checkpoint.publish import publish
 from ftrain.checkpoint.restore import Checkpoint
 from ftrain.checkpoint.snapshot import Snapshotter
@@ -57,10 +57,10 @@ class World:
         slot: int = 0,
     ) -> None:
         for rank, snapshotter in enumerate(self.snapshotters):
-            snapshotter.take(slot, attempt, items(rank), plain(rank))
+            snapshotter.take(slot, attempt, items(rank), plain(rank))()
 
     def persist(self, storage: Storage, attempt: Attempt, slot: int = 0) -> list[PackRecord]:
-        return [persist(storage, attempt, rank, Arena(fd), slot, lambda: False) for rank, fd in enumerate(self.fds)]
+        return [persist_slot(storage, attempt, rank, Arena(fd), slot, lambda: False) for rank, fd in enumerate(self.fds)]
 
     def _exchange_of(self, rank: int) -> Callable[[bytes], list[bytes]]:
         def exchange(data: bytes) -> list[bytes]:

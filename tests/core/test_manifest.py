@@ -32,13 +32,13 @@ def manifest() -> Manifest:
 
 
 def box(key: str = "w", offset: int = 0, begin: int = 0, private: bool = False) -> BoxRecord:
-    return BoxRecord(key, "float32", (4,) if not private else (2,), (begin,), (2,), private, offset, 8, 7)
+    return BoxRecord(key, "float32", (4,) if not private else (2,), (begin,), (2,), private, offset, 8)
 
 
 def index(rank: int = 0, boxes: tuple[BoxRecord, ...] | None = None) -> PackIndex:
     if boxes is None:
         boxes = (box(), box("own", 4096, private=True))
-    return PackIndex(1, Attempt(1, 10, 2), rank, 2, 8192, 8192, 12288, boxes, (5,), {"a": 1})
+    return PackIndex(1, Attempt(1, 10, 2), rank, 2, 8192, 8192, 12288, boxes, (7,) * len(boxes), (5,), {"a": 1})
 
 
 def signed(body: bytes) -> bytes:
@@ -119,9 +119,10 @@ def test_an_index_comes_back() -> None:
         (lambda body: body["boxes"][0].update(offset=1), "within a page"),
         (lambda body: body["boxes"][1].update(offset=0), "overlaps"),
         (lambda body: body["boxes"][1].update(offset=8192), "beyond the payload"),
-        (lambda body: body["boxes"][0].update(crc32c=1 << 32), "crc32c"),
-        (lambda body: body["boxes"][0].update(crc32c=1.5), "crc32c"),
-        (lambda body: body["boxes"].append({**body["boxes"][0], "offset": 4096 + 8}), "within a page"),
+        (lambda body: body.update(box_crc32c=[7]), "1 box checksums for 2"),
+        (lambda body: body.update(box_crc32c=[7, 1 << 32]), "box_crc32c"),
+        (lambda body: body.update(box_crc32c=[7, 1.5]), "box_crc32c"),
+        (lambda body: body["boxes"].append({**body["boxes"][0], "offset": 4096 + 8}), "2 box checksums for 3"),
         (lambda body: body["boxes"][1].update(key="w", private=False, shape=[4]), "there twice"),
     ],
 )
@@ -133,7 +134,7 @@ def test_an_index_that_nobody_writes_is_refused(change: Callable[[Any], None], p
 
 
 def test_a_sealed_index_has_no_checksums_yet() -> None:
-    sealed = PackIndex(1, Attempt(1, 10, 2), 0, 2, 8192, 8192, 12288, (box(),), (), {})
+    sealed = PackIndex(1, Attempt(1, 10, 2), 0, 2, 8192, 8192, 12288, (box(),), (), (), {})
     assert decode_index(encode_index(sealed), "slot", sealed=True) == sealed
     with pytest.raises(CorruptCheckpoint):
         decode_index(encode_index(sealed), "slot")
@@ -145,6 +146,11 @@ def test_coverage_is_checked_over_all_packs() -> None:
         check_coverage([index(0)], "here")
     with pytest.raises(CorruptCheckpoint, match="there twice"):
         check_coverage([index(0), index(1)], "here")
-    other = BoxRecord("w", "int32", (4,), (2,), (2,), False, 0, 8, 7)
+    whole = BoxRecord("w", "float32", (4,), (0,), (4,), False, 0, 16)
+    check_coverage([index(0, (whole,))], "here")
+    for others in ((whole,), (box(),)):
+        with pytest.raises(CorruptCheckpoint, match="w is not covered exactly once"):
+            check_coverage([index(0, (whole,)), index(1, others)], "here")
+    other = BoxRecord("w", "int32", (4,), (2,), (2,), False, 0, 8)
     with pytest.raises(CorruptCheckpoint, match=r"w is float32\[4\] in the pack of rank 0, int32\[4\]"):
         check_coverage([index(0), index(1, (other,))], "here")

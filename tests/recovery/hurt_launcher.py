@@ -22,17 +22,21 @@ def at(place: str, step: int) -> None:
 
 def hurt() -> None:
     persist, publish, store, write = (
-        saver.persist,
+        saver.persist_slot,
         coordinator_host.publish,
         coordinator_host._store,
-        PosixStorage.write_from,
+        PosixStorage.write_pack,
     )
 
-    def hurt_write(self: Any, path: str, address: int, nbytes: int, **options: Any) -> None:
-        write(self, path, address, nbytes // 2 // 4096 * 4096, **options)
+    def hurt_write(self: Any, path: str, pack: Any, effort: Any, **options: Any) -> Any:
+        half = self._path(path).with_name(".half.tmp")
+        half.parent.mkdir(parents=True, exist_ok=True)
+        with half.open("xb") as file:
+            pack.write(file.fileno())
+            file.truncate(pack.nbytes // 2)
         at("in a pack", int(path.split("/")[1].removeprefix("step-")))
-        (self._root / path).unlink()
-        write(self, path, address, nbytes, **options)
+        half.unlink()
+        return write(self, path, pack, effort, **options)
 
     def hurt_persist(storage: Any, attempt: Any, *arguments: Any) -> Any:
         pack = persist(storage, attempt, *arguments)
@@ -53,8 +57,8 @@ def hurt() -> None:
             at("after the record", body.attempt.step)
         return reply
 
-    PosixStorage.write_from = hurt_write  # type: ignore[method-assign]
-    saver.persist = hurt_persist
+    PosixStorage.write_pack = hurt_write  # type: ignore[method-assign]
+    saver.persist_slot = hurt_persist
     coordinator_host.publish = hurt_publish
     coordinator_host._store = hurt_store
 

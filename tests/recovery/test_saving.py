@@ -13,7 +13,7 @@ import pytest
 
 from ftrain.errors import ExitCode
 from tests.launching.harness import Cluster, wait_for
-from tests.recovery.account import Job, launch
+from tests.recovery.account import STEPS, Job, launch
 
 DISK_BYTES = 4 << 20
 
@@ -63,3 +63,29 @@ def test_full_disk_costs_commits_but_no_step_until_there_is_room_again(cluster: 
     assert launcher.wait() == ExitCode.PREEMPTED, launcher.text
     assert job.commits()[-1] == job.done()
     assert "interrupted" not in launcher.text
+
+
+def test_last_state_that_cannot_be_committed_ends_with_74_and_the_same_command_makes_it_good(cluster: Cluster) -> None:
+    job = Job(cluster.path / "job")
+    launcher = launch(cluster, job, every=5, more=("--pause", 0.1))
+    launcher.says("checkpoint of step 10 committed")
+    checkpoints, aside = job.run_dir / "checkpoints", job.run_dir / "aside"
+    checkpoints.rename(aside)
+    checkpoints.touch()  # whatever is to be written below it cannot be
+    assert launcher.wait() == ExitCode.STORAGE, launcher.text
+    assert job.done() == STEPS  # the training itself was well
+    assert len(job.end()) == 2
+    stands = job.commits()[-1]
+    said = f"finished, but the last state, of step {STEPS}, could not be committed: "
+    line = next(line for line in launcher.text.splitlines() if said in line)
+    assert "Not a directory" in line
+    assert line.endswith(f"; the commit of step {stands} stands")
+    assert job.journal("finish")[-1]["exit_code"] == ExitCode.STORAGE
+    assert cluster.nothing_left()
+
+    checkpoints.unlink()
+    aside.rename(checkpoints)
+    launcher = launch(cluster, job, every=5)
+    assert launcher.wait() == 0, launcher.text
+    assert f"from step {stands}" in launcher.text
+    assert job.commits()[-1] == STEPS

@@ -56,14 +56,14 @@ def test_stopped_run_goes_on_without_a_step_lost_or_done_twice(
     assert job.history() == reference.history()
 
 
-def test_second_sigterm_to_a_run_that_has_no_step_to_end_leaves_at_once(cluster: Cluster) -> None:
+def test_sigterm_to_a_run_whose_first_step_does_not_end_in_time_leaves_with_75(cluster: Cluster) -> None:
     job = Job(cluster.path / "job")
-    launcher = launch(cluster, job, more=("--pause", 600))
+    launcher = launch(cluster, job, flags=("--grace", "3s"), more=("--pause", 600))
     wait_for(lambda: "from the beginning" in launcher.text and (job.out / "steps-g0001-r0.jsonl").exists(), "the loop")
     launcher.process.send_signal(signal.SIGTERM)
-    launcher.says("once more to stop at once")
-    launcher.process.send_signal(signal.SIGTERM)
-    assert launcher.wait() == ExitCode.PREEMPTED_UNSAVED
+    launcher.says("out of time: leaving without a commit of the last step")
+    assert launcher.wait() == ExitCode.PREEMPTED, launcher.text
+    assert "left on SIGTERM; no step was finished" in launcher.text
     assert cluster.nothing_left()
 
 
@@ -74,6 +74,24 @@ def test_sigterm_while_the_nursery_starts_leaves_with_75(cluster: Cluster) -> No
     launcher.process.send_signal(signal.SIGTERM)
     assert launcher.wait() == ExitCode.PREEMPTED, launcher.text
     assert "generation 1" not in launcher.text
+    assert cluster.nothing_left()
+
+
+def test_sigterm_while_the_script_of_a_first_run_imports_leaves_with_75(cluster: Cluster) -> None:
+    launcher = cluster.launch(cluster.script(IMPORTING), "slow")
+    launcher.says("importing")
+    launcher.process.send_signal(signal.SIGTERM)
+    assert launcher.wait() == ExitCode.PREEMPTED, launcher.text
+    assert "left on SIGTERM; no step was finished" in launcher.text
+    assert cluster.nothing_left()
+
+
+def test_ctrl_c_before_the_first_commit_does_not_claim_one(cluster: Cluster) -> None:
+    launcher = cluster.launch(cluster.script(IMPORTING), "slow")
+    launcher.says("importing")
+    launcher.process.send_signal(signal.SIGINT)
+    assert launcher.wait() == ExitCode.INTERRUPTED, launcher.text
+    assert "interrupted; no step was finished" in launcher.text
     assert cluster.nothing_left()
 
 

@@ -31,7 +31,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 import ftrain
-from ftrain.checkpoint import snapshot
+from ftrain.checkpoint.arena import Arena
+from ftrain.checkpoint.snapshot import Snapshotter
+from ftrain.checkpoint.stage import Staging
 from ftrain.worker.link import Link
 
 SAMPLES, SAMPLES_PER_STEP, FEATURES, CLASSES = 180, 36, 8, 4
@@ -62,20 +64,21 @@ class Injuries:
                 _suffer(injury["how"])
 
     def _watch_snapshots(self) -> None:
-        take, stage, sealed = snapshot.Snapshotter.take, snapshot.stage, Link.sealed
+        take, finish, seal, sealed = Snapshotter.take, Staging.finish, Arena.write_index, Link.sealed
 
-        def watched_take(this: Any, slot: int, attempt: Any, *arguments: Any) -> None:
+        def watched_take(this: Any, slot: int, attempt: Any, *arguments: Any) -> Any:
             self._snapshot_step = attempt.step
             self.at("before the copy", attempt.step)
-            take(this, slot, attempt, *arguments)
-            self.at("before the seal", attempt.step)
+            return take(this, slot, attempt, *arguments)
 
-        def watched_stage(copies: Any, *arguments: Any) -> None:
-            half = len(copies) // 2
-            stage(copies[:half], *arguments)
+        def watched_finish(this: Any) -> None:
             self.at("in the copy", self._snapshot_step)
-            stage(copies[half:], *arguments)
+            finish(this)
             self.at("after the copy", self._snapshot_step)
+
+        def watched_seal(this: Any, *arguments: Any) -> None:
+            self.at("before the seal", self._snapshot_step)
+            seal(this, *arguments)
 
         def watched_sealed(this: Any, *arguments: Any) -> None:
             sealed(this, *arguments)
@@ -87,8 +90,9 @@ class Injuries:
                     time.sleep(0.001)
             self.at("after all seals", self._snapshot_step)
 
-        snapshot.Snapshotter.take = watched_take  # type: ignore[method-assign]
-        snapshot.stage = watched_stage
+        Snapshotter.take = watched_take  # type: ignore[method-assign]
+        Staging.finish = watched_finish  # type: ignore[method-assign]
+        Arena.write_index = watched_seal  # type: ignore[method-assign]
         Link.sealed = watched_sealed  # type: ignore[method-assign]
 
 

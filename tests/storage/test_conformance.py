@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from array import array
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from ftrain._native import Pack, crc32c
 from ftrain.errors import AlreadyExists, CorruptCheckpoint, NotFound, StorageError, UsageError
 from ftrain.storage import PosixStorage, Storage, open_storage
+from ftrain.storage.base import Effort, Ranges
+from ftrain.storage.posix import FILES_MAX
 
 
 @pytest.fixture(params=[PosixStorage], ids=["posix"])
@@ -31,6 +35,23 @@ class Memory:
 
     def bytes(self) -> bytes:
         return self.map[:]
+
+
+def pack_of(memory: Memory, nbytes: int, begin: int = 0) -> Pack:
+    """A pack of one box, which is `nbytes` of the memory, and zeros up to a whole page."""
+    whole = max(4096, -(-nbytes // 4096) * 4096)
+    columns = [array("Q", [word]) for word in (0, memory.address + begin, nbytes)]
+    return Pack(*columns, payload_bytes=whole, chunk_bytes=4096, image_bytes=whole, ending=b"")
+
+
+def range_of(path: str, offset: int, nbytes: int, memory: Memory, data: bytes) -> Ranges:
+    """The range of one file that is to hold `data`, to the beginning of the memory."""
+    ranges = Ranges([path])
+    ranges.add(0, crc32c(data), offset, nbytes, memory.address)
+    return ranges
+
+
+EASY = Effort()
 
 
 @pytest.fixture
@@ -58,7 +79,7 @@ def test_what_is_absent_is_told_so(storage: Storage) -> None:
             call("a/b")
     memory = Memory(4096)
     with pytest.raises(NotFound):
-        storage.read_into("a/b", 0, memory.address, 1)
+        storage.read_ranges(range_of("a/b", 0, 1, memory, b"x"))
     storage.remove_tree("a")
 
 
@@ -68,7 +89,7 @@ def test_a_taken_name_is_refused_and_keeps_its_content(storage: Storage, never: 
         storage.create("dir/name", b"second")
     memory = Memory(4096, b"third")
     with pytest.raises(AlreadyExists):
-        storage.write_from("dir/name", memory.address, 4096, should_stop=never)
+        storage.write_pack("dir/name", pack_of(memory, 4096), EASY, should_stop=never)
     assert storage.read("dir/name") == b"first"
     assert storage.list("dir") == ["name"]
 
@@ -95,30 +116,56 @@ def test_confirm_tells_ones_own_from_anothers(storage: Storage) -> None:
 
 
 @pytest.mark.parametrize(("begin", "nbytes"), [(0, 8192), (0, 100), (5, 4096), (0, 0)])
-def test_memory_is_written_and_read_back_at_any_alignment(
+def test_a_pack_is_written_and_read_back_from_any_alignment(
     storage: Storage, never: Callable[[], bool], begin: int, nbytes: int
 ) -> None:
     data = bytes(range(256)) * 64
     source = Memory(len(data), data)
-    storage.write_from("p/0", source.address + begin, nbytes, should_stop=never)
-    assert storage.read("p/0") == data[begin : begin + nbytes]
+    box_sums, chunk_sums = storage.write_pack("p/0", pack_of(source, nbytes, begin), EASY, should_stop=never)
+    found = storage.read("p/0")
+    assert found[:nbytes] == data[begin : begin + nbytes]
+    assert not any(found[nbytes:])
+    assert box_sums == [crc32c(data[begin : begin + nbytes])]
+    assert chunk_sums == [crc32c(found[at : at + 4096]) for at in range(0, len(found), 4096)]
     if nbytes > 10:
         target = Memory(16384)
-        storage.read_into("p/0", 3, target.address + 1, nbytes - 3)
-        assert target.bytes()[1 : nbytes - 2] == data[begin + 3 : begin + nbytes]
+        wanted = data[begin + 3 : begin + nbytes]
+        assert storage.read_ranges(range_of("p/0", 3, nbytes - 3, target, wanted)) == []
+        assert target.bytes()[: nbytes - 3] == wanted
+
+
+def test_a_range_that_does_not_match_its_checksum_is_named(storage: Storage) -> None:
+    storage.create("file", b"x" * 8192)
+    memory = Memory(4096)
+    ranges = Ranges(["file"])
+    for offset, told in ((0, b"x"), (100, b"y"), (200, b"x")):
+        ranges.add(0, crc32c(told * 50), offset, 50, memory.address + offset)
+    assert storage.read_ranges(ranges) == [1]
+
+
+def test_ranges_of_more_files_than_may_be_open_at_a_time_are_read(storage: Storage) -> None:
+    count = FILES_MAX + 3
+    memory = Memory(4096 * 2)
+    ranges = Ranges([f"many/{number}" for number in range(count)])
+    for number in reversed(range(count)):
+        storage.create(f"many/{number}", b"%08d" % number)
+        said = number if number != FILES_MAX + 1 else 0
+        ranges.add(number, crc32c(b"%08d" % said), 0, 8, memory.address + 8 * number)
+    assert storage.read_ranges(ranges) == [count - 1 - (FILES_MAX + 1)]
+    assert memory.bytes()[: 8 * count] == b"".join(b"%08d" % number for number in range(count))
 
 
 def test_a_range_beyond_the_end_is_corrupt(storage: Storage) -> None:
     storage.create("short", b"12345")
     memory = Memory(4096)
     with pytest.raises(CorruptCheckpoint, match="short"):
-        storage.read_into("short", 3, memory.address, 3)
+        storage.read_ranges(range_of("short", 3, 3, memory, b"45?"))
 
 
 def test_a_write_that_is_told_to_stop_leaves_nothing(storage: Storage) -> None:
     memory = Memory(4096)
     with pytest.raises(StorageError, match="stopped"):
-        storage.write_from("packs/0", memory.address, 4096, should_stop=lambda: True)
+        storage.write_pack("packs/0", pack_of(memory, 4096), EASY, should_stop=lambda: True)
     assert storage.list("packs") == []
 
 

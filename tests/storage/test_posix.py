@@ -14,7 +14,7 @@ import pytest
 
 from ftrain.errors import AlreadyExists, StorageError, UnknownOutcome
 from ftrain.storage import PosixStorage
-from tests.storage.test_conformance import Memory
+from tests.storage.test_conformance import EASY, Memory, pack_of
 
 Calls = list[tuple[str, str]]
 
@@ -54,7 +54,7 @@ def test_a_file_is_synced_then_linked_then_its_directory_synced(tmp_path: Path, 
 def test_a_pack_is_synced_with_every_new_directory_above_it(tmp_path: Path, calls: Calls) -> None:
     storage = PosixStorage(tmp_path)
     memory = Memory(8192)
-    storage.write_from("a/b/0", memory.address, 8192, should_stop=lambda: False)
+    storage.write_pack("a/b/0", pack_of(memory, 8192), EASY, should_stop=lambda: False)
     assert calls[-5:] == [
         ("sync directory", tmp_path.name),
         ("sync directory", "a"),
@@ -161,7 +161,7 @@ def test_a_file_system_without_direct_io_is_written_through_the_cache(
     monkeypatch.setattr(os, "open", open_)
     memory = Memory(4096, b"data")
     storage = PosixStorage(tmp_path)
-    storage.write_from("p", memory.address, 4096, should_stop=lambda: False)
+    storage.write_pack("p", pack_of(memory, 4096), EASY, should_stop=lambda: False)
     assert len(refused) == 1
     assert storage.read("p")[:4] == b"data"
 
@@ -179,14 +179,15 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(mount)], check=True)
 
 
-@pytest.mark.parametrize("write", ["create", "write_from"])
+@pytest.mark.parametrize("write", ["create", "write_pack"])
 def test_a_full_disk_says_so_and_what_was_there_stands(small_disk: Path, write: str) -> None:
     storage = PosixStorage(small_disk)
     storage.create("first", b"x" * 4096)
     memory = Memory(2 << 20)
-    attempt: dict[str, Callable[[], None]] = {
+    pack = pack_of(memory, 2 << 20)
+    attempt: dict[str, Callable[[], object]] = {
         "create": lambda: storage.create("second", bytes(2 << 20)),
-        "write_from": lambda: storage.write_from("second", memory.address, 2 << 20, should_stop=lambda: False),
+        "write_pack": lambda: storage.write_pack("second", pack, EASY, should_stop=lambda: False),
     }
     with pytest.raises(
         StorageError, match=rf"disk full: cannot write 2097152 bytes to {small_disk}/second.*MiB are free"

@@ -27,7 +27,7 @@ from torch.distributed import TCPStore
 
 from ftrain._native import ControlPage, memory_file
 from ftrain.checkpoint.arena import Arena
-from ftrain.checkpoint.persist import persist
+from ftrain.checkpoint.persist import persist_slot
 from ftrain.checkpoint.publish import publish
 from ftrain.core import local
 from ftrain.core.local import BOOT_VARIABLE, PACKET_BYTES_MAX, Boot
@@ -147,7 +147,7 @@ class Agent:
     def commit(self, attempt: Attempt, slot: int = 0) -> Resume:
         """Persist what the arenas hold, whether or not their workers live."""
         packs = [
-            persist(self.storage, attempt, worker.rank, Arena(worker.arena_fd), slot, lambda: False)
+            persist_slot(self.storage, attempt, worker.rank, Arena(worker.arena_fd), slot, lambda: False)
             for worker in self.workers
         ]
         digest = publish(self.storage, attempt, len(self.workers), packs, "test")

@@ -1,0 +1,127 @@
+"""A module's parameters and buffers. A buffer that this rank has changed since it was tracked is saved for this rank too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ftrain import _native
+from ftrain.checkpoint.items import TensorItem, item_of, local_of
+from ftrain.checkpoint.part import Part, Saved, Watched, normal
+
+COMPILED = "_orig_mod."
+
+
+class ModuleState:
+    """Keys: `<name>.<parameter>`."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self._name = name
+        self._module = _unwrapped(module)
+        self.replicated = isinstance(module, DistributedDataParallel) or isinstance(
+            getattr(module, "_orig_mod", None), DistributedDataParallel
+        )
+        buffers = {id(buffer) for buffer in self._module.buffers()}
+        self._buffers = {key for key, tensor in self.tensors() if id(tensor) in buffers}
+        self._began = {key: _checksum(tensor) for key, tensor in self.tensors() if key in self._buffers}
+        self._extra: dict[str, Any] = {}
+        self._watched: list[Watched] | None = None  # None: the state dict is not simply what the modules hold
+        self._sizes: list[tuple[dict[str, Any], int]] = []
+        self._unchanged: dict[str, tuple[torch.Tensor, int]] = {}  # buffers, with the version that was looked at
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Parameters and persistent buffers, each once however often it is tied."""
+        seen: set[int] = set()
+        for key, value in self._module.state_dict(keep_vars=True).items():
+            if isinstance(value, torch.Tensor) and id(value) not in seen:
+                seen.add(id(value))
+                yield _clean(key), value
+
+    def part(self) -> Part:
+        part = Part()
+        self._unchanged = {}
+        found = list(self.tensors())
+        for key, tensor in found:
+            part.items.append(item_of(f"{self._name}.{key}", tensor, late=key not in self._buffers))
+            if key not in self._buffers:
+                continue
+            if _checksum(tensor) != self._began[key]:
+                part.items.append(item_of(f"{self._name}.{key}", tensor, private=True))
+            else:
+                self._unchanged[key] = (tensor, tensor._version)
+        extra = {
+            _clean(key): value
+            for key, value in self._module.state_dict().items()
+            if not isinstance(value, torch.Tensor)
+        }
+        part.plain["extra"] = normal(extra)
+        self._watch([tensor for _, tensor in found], has_extra=bool(extra))
+        return part
+
+    def plain_if_same(self) -> dict[str, object] | None:
+        if self._watched is None or any(len(holder) != size for holder, size in self._sizes):
+            return None
+        if not all(one.is_there() for one in self._watched):
+            return None
+        for key, (tensor, version) in self._unchanged.items():
+            if tensor._version != version:
+                if _checksum(tensor) != self._began[key]:
+                    return None
+                self._unchanged[key] = (tensor, tensor._version)
+        return {"extra": {}}
+
+    def prepare(self, plain: Any, saved: Saved) -> list[TensorItem]:
+        self._extra = plain["extra"]
+        items = []
+        for key, tensor in self.tensors():
+            full = f"{self._name}.{key}"
+            items.append(item_of(full, tensor))
+            if full in saved.private:
+                items.append(item_of(full, tensor, private=True))
+        return items
+
+    def finish(self) -> None:
+        for parameter in self._module.parameters():
+            parameter.grad = None  # a rehearsed step may have left some
+        if self._extra:
+            self._module.load_state_dict(self._extra, strict=False)
+        self._extra = {}
+
+    def _watch(self, tensors: list[torch.Tensor], *, has_extra: bool) -> None:
+        holders: dict[int, tuple[dict[str, Any], str]] = {}
+        self._sizes = []
+        for module in self._module.modules():
+            for holder in (module._parameters, module._buffers, module._modules):
+                self._sizes.append((holder, len(holder)))
+            for named in (module._parameters, module._buffers):
+                for key, tensor in named.items():
+                    if tensor is not None:
+                        holders.setdefault(id(tensor), (named, key))
+        if has_extra or any(id(tensor) not in holders for tensor in tensors):
+            self._watched = None
+            return
+        self._watched = [Watched(*holders[id(tensor)], tensor, local_of(tensor)) for tensor in tensors]
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The user's own module inside DDP and torch.compile."""
+    while True:
+        if isinstance(module, DistributedDataParallel):
+            module = module.module
+        elif isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):
+            module = inner
+        else:
+            return module
+
+
+def _clean(key: str) -> str:
+    return key.replace(COMPILED, "")
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    data = local_of(tensor).detach().cpu().contiguous()
+    return _native.crc32c_address(data.data_ptr(), data.nbytes) if data.numel() else 0

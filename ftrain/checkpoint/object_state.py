@@ -1,0 +1,89 @@
+"""Anything with `state_dict` and `load_state_dict`: its tensors and plain data belong to its rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from ftrain.checkpoint.items import TensorItem, item_of, torch_dtype
+from ftrain.checkpoint.part import Part, Saved, normal
+from ftrain.checkpoint.restore import TensorInfo
+from ftrain.core import plain as plain_data
+from ftrain.errors import MismatchedState
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
+
+
+class ObjectState:
+    """Keys: `<name>.<path in the state dict>`."""
+
+    def __init__(self, name: str, found: Stateful) -> None:
+        self._name = name
+        self._found = found
+        self._state: Any = None
+        self._items: list[TensorItem] = []
+
+    def part(self) -> Part:
+        part = Part()
+        part.plain["state"] = _flatten(self._found.state_dict(), self._name, part.items)
+        self._items = part.items
+        return part
+
+    def plain_if_same(self) -> dict[str, object] | None:
+        before = self._items
+        part = self.part()
+        same = [item.local for item in before], [item.local for item in part.items]
+        if len(same[0]) == len(same[1]) and all(a is b for a, b in zip(*same, strict=True)):
+            self._items = before
+            return part.plain
+        return None
+
+    def prepare(self, plain: Any, saved: Saved) -> list[TensorItem]:
+        items: list[TensorItem] = []
+        self._state = _unflatten(plain["state"], saved.private, items)
+        return items
+
+    def finish(self) -> None:
+        self._found.load_state_dict(self._state)
+        self._state = None
+
+
+def _flatten(value: Any, path: str, items: list[TensorItem]) -> object:
+    """Plain data in which a tensor has become a note of its key."""
+    if isinstance(value, torch.Tensor):
+        items.append(item_of(path, value, private=True))
+        return {"tensor": path, "device": value.device.type}
+    if isinstance(value, dict):
+        return {"dict": [(key, _flatten(one, f"{path}.{key}", items)) for key, one in value.items()]}
+    if isinstance(value, (list, tuple)):
+        parts = [_flatten(one, f"{path}.{place}", items) for place, one in enumerate(value)]
+        return {"list" if isinstance(value, list) else "tuple": parts}
+    leaf = normal(value)
+    plain_data.encode(leaf, path)  # here the path is still the one that the user knows
+    return {"value": leaf}
+
+
+def _unflatten(node: Any, private: Mapping[str, TensorInfo], items: list[TensorItem]) -> Any:
+    if "tensor" in node:
+        info = private.get(node["tensor"])
+        if info is None:
+            raise MismatchedState(f"{node['tensor']}: the checkpoint names this tensor but does not hold it")
+        tensor = torch.empty(info.shape, dtype=torch_dtype(info.dtype))
+        if node["device"] == "cuda" and torch.cuda.is_available():
+            tensor = tensor.cuda()
+        items.append(item_of(node["tensor"], tensor, private=True))
+        return tensor
+    if "dict" in node:
+        return {key: _unflatten(one, private, items) for key, one in node["dict"]}
+    if "list" in node:
+        return [_unflatten(one, private, items) for one in node["list"]]
+    if "tuple" in node:
+        return tuple(_unflatten(one, private, items) for one in node["tuple"])
+    return node["value"]

@@ -1,0 +1,139 @@
+"""An optimizer's state, by the names of the parameters that it belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from ftrain.checkpoint.items import TensorItem, item_of, local_of, torch_dtype
+from ftrain.checkpoint.part import Part, Saved, Watched, normal
+from ftrain.checkpoint.restore import TensorInfo
+from ftrain.core.plain import Encoded
+from ftrain.errors import MismatchedState, UsageError
+
+
+class OptimizerState:
+    """Keys: `<name>.state.<parameter>.<state>`. `parameters` gives the names of all tracked parameters, by id."""
+
+    def __init__(self, name: str, optimizer: Optimizer, parameters: Callable[[], dict[int, str]]) -> None:
+        self._name = name
+        self._optimizer = optimizer
+        self._parameters = parameters
+        self._saved: dict[str, Any] = {}
+        self._plain: dict[str, object] = {}
+        self._names: list[Encoded] = []  # of each group's parameters
+        self._watched: list[Watched] = []
+        self._sizes: list[tuple[Any, int]] = []
+        self._values: list[tuple[str, dict[str, Any], str]] = []  # state that is no tensor
+
+    def part(self) -> Part:
+        names = self._find_names()
+        part = Part()
+        on_cpu: list[str] = []
+        order: dict[str, list[str]] = {}
+        self._watched, self._values = [], []
+        self._sizes = [(self._optimizer.state, len(self._optimizer.state))]
+        self._sizes += [(group["params"], len(group["params"])) for group in self._optimizer.param_groups]
+        for parameter, state in self._optimizer.state.items():
+            name = names[id(parameter)]
+            order[name] = list(state)
+            self._sizes.append((state, len(state)))
+            for key, value in state.items():
+                full = f"{self._name}.state.{name}.{key}"
+                if isinstance(value, torch.Tensor):
+                    part.items.append(item_of(full, value, late=True))
+                    self._watched.append(Watched(state, key, value, local_of(value)))
+                    if value.device.type == "cpu":
+                        on_cpu.append(full)
+                else:
+                    self._values.append((full, state, key))
+        self._names = [
+            Encoded([names[id(one)] for one in group["params"]], self._name) for group in self._optimizer.param_groups
+        ]
+        self._plain = {"order": Encoded(order, self._name), "on_cpu": Encoded(on_cpu, self._name)}
+        part.plain = self._plain_now()
+        return part
+
+    def plain_if_same(self) -> dict[str, object] | None:
+        if len(self._names) != len(self._optimizer.param_groups):
+            return None
+        if any(len(holder) != size for holder, size in self._sizes):
+            return None
+        if not all(one.is_there() for one in self._watched):
+            return None
+        if any(isinstance(state.get(key), torch.Tensor) for _, state, key in self._values):
+            return None
+        return self._plain_now()
+
+    def prepare(self, plain: Any, saved: Saved) -> list[TensorItem]:
+        self._saved = plain
+        names = self._find_names()
+        on_cpu = set(plain["on_cpu"])
+        items = []
+        for group in self._optimizer.param_groups:
+            for parameter in group["params"]:
+                name = names[id(parameter)]
+                if name not in plain["order"]:
+                    self._optimizer.state.pop(parameter, None)  # a rehearsed step may have made what was not there
+                    continue
+                state = self._optimizer.state[parameter]
+                for key in plain["order"][name]:
+                    full = f"{self._name}.state.{name}.{key}"
+                    if full in plain["values"]:
+                        state[key] = plain["values"][full]
+                        continue
+                    if full not in saved.shared:
+                        raise MismatchedState(f"{full}: the checkpoint names this tensor but does not hold it")
+                    if not isinstance(state.get(key), torch.Tensor):
+                        state[key] = _fresh(parameter, saved.shared[full], full in on_cpu)
+                    items.append(item_of(full, state[key]))
+        return items
+
+    def finish(self) -> None:
+        names = self._find_names()
+        groups = self._saved["groups"]
+        if [group["params"] for group in groups] != [
+            [names[id(parameter)] for parameter in group["params"]] for group in self._optimizer.param_groups
+        ]:
+            raise MismatchedState(f"{self._name}: the checkpoint's parameter groups hold other parameters")
+        for group, saved in zip(self._optimizer.param_groups, groups, strict=True):
+            for key, value in saved["options"].items():
+                if isinstance(group.get(key), torch.Tensor):
+                    group[key].fill_(value)
+                else:
+                    group[key] = value
+        self._saved = {}
+
+    def _plain_now(self) -> dict[str, object]:
+        groups = [
+            {"params": names, "options": {key: _option(value) for key, value in group.items() if key != "params"}}
+            for names, group in zip(self._names, self._optimizer.param_groups, strict=True)
+        ]
+        values = {full: state[key] for full, state, key in self._values}
+        return {**self._plain, "groups": normal(groups), "values": normal(values)}
+
+    def _find_names(self) -> dict[int, str]:
+        known = self._parameters()
+        for number, group in enumerate(self._optimizer.param_groups):
+            for place, parameter in enumerate(group["params"]):
+                if id(parameter) not in known:
+                    raise UsageError(
+                        f"{self._name}: parameter {place} of group {number}, of shape {tuple(parameter.shape)}, "
+                        "belongs to no tracked module; track its module too (and make the optimizer after fully_shard)"
+                    )
+        return known
+
+
+def _fresh(parameter: torch.Tensor, info: TensorInfo, on_cpu: bool) -> torch.Tensor:
+    """An empty state tensor: like its parameter where it has that shape, by itself otherwise (a step count)."""
+    dtype = torch_dtype(info.dtype)
+    if tuple(parameter.shape) == info.shape and (len(info.shape) > 0 or not on_cpu):
+        return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+    return torch.zeros(info.shape, dtype=dtype, device="cpu" if on_cpu else parameter.device)
+
+
+def _option(value: Any) -> Any:
+    return value.item() if isinstance(value, torch.Tensor) else value

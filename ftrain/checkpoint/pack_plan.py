@@ -1,0 +1,81 @@
+"""What one rank writes, and where each box lies in its pack: worked out once, used for every save of the same tensors."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from ftrain.core.layout import SlotLayout, WriteItem, slot_layout
+from ftrain.core.manifest import FORMAT, BoxRecord, PackIndex, encode_boxes, encode_index
+from ftrain.core.messages import Attempt
+
+
+class PackPlan:
+    """The pack of `rank`: its boxes in order of their offsets, and its geometry."""
+
+    def __init__(self, rank: int, world_size: int, writes: Sequence[WriteItem]) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.writes = tuple(writes)
+        self.layout: SlotLayout = slot_layout(self.writes)
+        self.offsets = array("Q", self.layout.offsets)
+        self.sizes = array("Q", [write.nbytes for write in self.writes])
+        self.boxes = tuple(
+            BoxRecord(
+                key=write.spec.key,
+                dtype=write.spec.dtype,
+                shape=write.spec.shape,
+                box_offset=write.box.offset,
+                box_shape=write.box.shape,
+                private=write.spec.private,
+                offset=offset,
+                nbytes=write.nbytes,
+            )
+            for offset, write in zip(self.layout.offsets, self.writes, strict=True)
+        )
+        self._encoded: msgspec.Raw | None = None
+
+    @property
+    def payload_bytes(self) -> int:
+        """Of the tensors alone, without what lies between them."""
+        return sum(self.sizes)
+
+    def index(
+        self,
+        attempt: Attempt,
+        plain: Mapping[str, Any],
+        box_crc32c: Sequence[int] = (),
+        chunk_crc32c: Sequence[int] = (),
+    ) -> PackIndex:
+        """The pack's index. `plain` is encoded already; without checksums it is that of a sealed slot."""
+        return PackIndex(
+            format=FORMAT,
+            attempt=attempt,
+            rank=self.rank,
+            world_size=self.world_size,
+            payload_bytes=self.layout.payload_bytes,
+            chunk_bytes=self.layout.chunk_bytes,
+            image_bytes=self.layout.image_bytes,
+            boxes=self.boxes,
+            box_crc32c=tuple(box_crc32c),
+            chunk_crc32c=tuple(chunk_crc32c),
+            plain=dict(plain),
+        )
+
+    def encode(self, index: PackIndex) -> bytes:
+        """As `encode_index`, without encoding the boxes again."""
+        if self._encoded is None:
+            self._encoded = encode_boxes(self.boxes)
+        return encode_index(index, self._encoded)
+
+    def gaps(self) -> list[tuple[int, int]]:
+        """(offset, bytes) of what lies between the boxes and after the last, to the end of the image: zeros."""
+        found, end = [], 0
+        for offset, nbytes in zip(self.offsets, self.sizes, strict=True):
+            if offset > end:
+                found.append((end, offset - end))
+            end = offset + nbytes
+        return [*found, (end, self.layout.image_bytes - end)]

@@ -1,0 +1,80 @@
+"""What one tracked object gives to a checkpoint, and what it is given back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from ftrain.checkpoint.items import TensorItem
+from ftrain.checkpoint.restore import TensorInfo
+
+
+@dataclass(slots=True)
+class Part:
+    """Tensors, and plain data for this rank."""
+
+    items: list[TensorItem] = field(default_factory=list)
+    plain: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """The tensors of a checkpoint, by key: those that all ranks share, and this rank's own."""
+
+    shared: Mapping[str, TensorInfo]
+    private: Mapping[str, TensorInfo]
+
+
+class Source(Protocol):
+    """One object's way into a checkpoint and back."""
+
+    def part(self) -> Part:
+        """Everything, as it is now."""
+        ...
+
+    def plain_if_same(self) -> dict[str, object] | None:
+        """The plain data as it is now, where the items of the last `part` still hold; None where they do not.
+
+        Asked at every snapshot, so it has to be quick.
+        """
+        ...
+
+    def prepare(self, plain: Any, saved: Saved) -> list[TensorItem]:
+        """The tensors to be filled from a checkpoint, given the plain data of the object in it."""
+        ...
+
+    def finish(self) -> None:
+        """The tensors are filled: take over the rest."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """A tensor as it was found in some dictionary, and the local tensor that was in it."""
+
+    holder: Mapping[Any, Any]
+    key: Any
+    tensor: torch.Tensor
+    local: torch.Tensor
+
+    def is_there(self) -> bool:
+        found = self.holder.get(self.key)
+        if found is not self.tensor:
+            return False
+        return self.local is self.tensor or self.tensor._local_tensor is self.local  # type: ignore[attr-defined]
+
+
+def normal(value: Any) -> Any:
+    """Plain types for their subclasses: what PyTorch's own objects put into their state."""
+    if isinstance(value, dict):
+        return {key: normal(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [normal(one) for one in value]
+    if isinstance(value, tuple):
+        return tuple(normal(one) for one in value)
+    if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
+        return value.item()
+    return value

@@ -1,0 +1,92 @@
+"""A directory that is to become one checkpoint.
+
+It is committed once its manifest is there, which is written last; a directory without one is what a crash left of a save, and
+the next save to that path removes it.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ftrain.checkpoint.agreement import Agreed
+from ftrain.checkpoint.peers import Peers, together
+from ftrain.checkpoint.persist import persist_plan
+from ftrain.checkpoint.publish import make_manifest, publish_manifest, publish_references
+from ftrain.core.manifest import MANIFEST_PATH, REFERENCES_PATH
+from ftrain.core.messages import Attempt, PackRecord
+from ftrain.errors import AlreadyExists, UsageError
+from ftrain.storage import Storage, open_storage
+from ftrain.storage.base import Effort
+
+WRITER = "save"
+OURS = {"packs", REFERENCES_PATH}  # what a save that was cut off leaves
+_RECORD = msgspec.json.Decoder(PackRecord)
+
+
+class Target:
+    """Where one checkpoint goes. Raises `UsageError` where that cannot be."""
+
+    def __init__(self, path: str | Path, step: int) -> None:
+        if step < 0:
+            raise UsageError(f"step={step}: the number of a step cannot be negative")
+        place = Path(path).absolute()
+        if "://" in str(path) or not place.name:
+            raise UsageError(f"{path}: name the directory that is to become the checkpoint")
+        self._storage: Storage = open_storage(str(place.parent))
+        self._base = place.name
+        self._attempt = Attempt(1, step, 1)
+
+    def __str__(self) -> str:
+        return f"{self._storage.url}/{self._base}"
+
+    def commit(
+        self,
+        agreed: Agreed,
+        peers: Peers,
+        find: Callable[[], array[int]],
+        plain: Mapping[str, Any],
+        effort: Effort,
+        image: int = 0,
+    ) -> None:
+        """Write all packs, then the manifest. A collective: it is committed for all ranks, or fails on all of them.
+
+        `find` gives the addresses of the pack's boxes, once they may be read from there. The rest is as in `persist_plan`.
+        """
+        with together(peers, f"preparing {self}"):
+            addresses = find()
+            if peers.rank == 0:
+                self._prepare()
+        records: list[bytes] = []
+        with together(peers, f"writing {self}"), ThreadPoolExecutor(1, "ftrain-save") as pool:
+            beside = pool.submit(self._publish_references, agreed) if peers.rank == 0 else None
+            record = persist_plan(self._storage, self._base, self._attempt, agreed.pack, addresses, plain, effort, image)
+            if beside is not None:
+                beside.result()
+            records = [msgspec.json.encode(record)]
+        if peers.world_size > 1:
+            records = peers.exchange(records[0])
+        with together(peers, f"committing {self}"):
+            if peers.rank == 0:
+                packs = [_RECORD.decode(one) for one in records]
+                manifest = make_manifest(self._attempt, peers.world_size, packs, WRITER)
+                publish_manifest(self._storage, self._base, manifest)
+
+    def _publish_references(self, agreed: Agreed) -> None:
+        publish_references(self._storage, self._base, agreed.references)
+
+    def _prepare(self) -> None:
+        """Remove what a save left that did not get to its end. Raises `AlreadyExists`, `UsageError`."""
+        there = self._storage.list(self._base)
+        if MANIFEST_PATH in there:
+            raise AlreadyExists(f"{self} holds a checkpoint already; remove it, or save to another path")
+        strange = set(there) - OURS
+        if strange:
+            raise UsageError(f"{self} holds {min(strange)}, which is not ftrain's; save to a directory of its own")
+        if there:
+            self._storage.remove_tree(self._base)
