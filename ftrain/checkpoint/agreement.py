@@ -23,7 +23,9 @@ _SPECS = msgspec.json.Decoder(list[TensorSpec])
 class Agreed:
     """A plan that all ranks have made alike: this rank's pack, and on rank 0 how all packs together look to zarr."""
 
-    def __init__(self, specs: Sequence[TensorSpec], everybody: list[list[TensorSpec]], digests: list[bytes], rank: int) -> None:
+    def __init__(
+        self, specs: Sequence[TensorSpec], everybody: list[list[TensorSpec]], digests: list[bytes], rank: int
+    ) -> None:
         self.specs = specs
         self.digests = digests
         plan = write_plan(everybody)

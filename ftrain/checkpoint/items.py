@@ -14,7 +14,6 @@ from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
 from ftrain.core.layout import Mesh, TensorSpec, item_bytes
 from ftrain.errors import UnsupportedTensor
 
-
 _shape = operator.attrgetter("shape")
 _dtype = operator.attrgetter("dtype")
 _layout = operator.attrgetter("layout")
@@ -50,7 +49,7 @@ _alike = _Alike()
 
 
 def items_of(keys: Sequence[str], tensors: Sequence[torch.Tensor]) -> list[TensorItem]:
-    """The items of many shared tensors that are copied late. As `item_of`, quicker where they are those of last time."""
+    """The items of many shared tensors that are copied late: as `item_of`, quicker where they are as last time."""
     kinds = [*map(_shape, tensors), *map(_dtype, tensors), *map(_layout, tensors), *map(_is_meta, tensors)]
     if keys == _alike.keys and kinds == _alike.kinds:
         return list(map(TensorItem, _alike.specs, tensors, itertools.repeat(True)))

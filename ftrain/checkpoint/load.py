@@ -23,8 +23,8 @@ def load(path: str | Path, state: State) -> int:
     `state` is as for `save`: its tensors are filled where they are, whatever mesh they were saved from, its objects get
     their state, its plain data is replaced. What the checkpoint holds under other names is not read. Returns the number
     of steps that were done when it was saved. Where torch.distributed is initialized, all ranks call this together.
-    Raises `CheckpointNotFound`, `MismatchedState` naming the keys with nothing changed, `CorruptCheckpoint` naming tensor,
-    rank, file and offset.
+    Raises `CheckpointNotFound`, `MismatchedState` naming the keys with nothing changed, and `CorruptCheckpoint` naming
+    tensor, rank, file and offset.
     """
     group = peers()
     with together(group, f"opening {path}"):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ftrain.checkpoint.items import TensorItem, item_of, items_of, local_of
+from ftrain.checkpoint.items import TensorItem, items_of, local_of
 from ftrain.checkpoint.part import Part, Saved, normal
 from ftrain.core import plain as plain_data
 from ftrain.errors import MismatchedState
@@ -46,7 +46,7 @@ class MappingState:
         del saved
         self._saved = plain["values"]
         keys, tensors, _ = self._leaves()
-        return [item_of(key, tensor) for key, tensor in zip(keys, tensors, strict=True)]
+        return items_of(keys, tensors)
 
     def finish(self) -> None:
         for path, holder, key, value in _walk(self._prefix, self._mapping):

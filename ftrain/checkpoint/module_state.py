@@ -1,4 +1,4 @@
-"""A module's parameters and buffers. A buffer that this rank has changed since it was tracked is saved for this rank too."""
+"""A module's parameters and buffers. A buffer that this rank has changed since then is saved for this rank, too."""
 
 from __future__ import annotations
 

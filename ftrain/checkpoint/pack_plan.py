@@ -1,4 +1,4 @@
-"""What one rank writes, and where each box lies in its pack: worked out once, used for every save of the same tensors."""
+"""What one rank writes, and where each box lies in its pack: worked out once for all saves of the same tensors."""
 
 from __future__ import annotations
 

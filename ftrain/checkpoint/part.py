@@ -64,7 +64,7 @@ class Watched:
         found = self.holder.get(self.key)
         if found is not self.tensor:
             return False
-        return self.local is self.tensor or self.tensor._local_tensor is self.local  # type: ignore[attr-defined]
+        return self.local is self.tensor or self.tensor._local_tensor is self.local
 
 
 def normal(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A pack and its index, durably, from wherever its bytes lie. Runs in the agent too, in a thread; knows nothing of torch."""
+"""A pack and its index, durably, from wherever its bytes lie. Runs in the agent, too; knows nothing of torch."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def persist_plan(
 ) -> PackRecord:
     """Write a pack below `base` from boxes that lie at `addresses`, C-contiguous; its index is durable, too, on return.
 
-    With `image` they lie as in the file from that address on; otherwise they go through buffers of bounded size. `plain`
-    is encoded already. Raises `StorageError`.
+    With `image` they lie as in the file from that address on; otherwise they go through buffers of bounded size.
+    `plain` is encoded already. Raises `StorageError`.
     """
     index = plan.index(attempt, plain)
     pack = _pack(index, plan.offsets, addresses, plan.sizes, image)

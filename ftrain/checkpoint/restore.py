@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
+import msgspec
 import torch
 
-from ftrain.checkpoint.items import TensorItem
 from ftrain.checkpoint.host import lies_in_host_memory
+from ftrain.checkpoint.items import TensorItem
 from ftrain.checkpoint.publish import read_index
 from ftrain.core import plain as plain_data
 from ftrain.core.layout import Box, Entry, Piece, local_box, read_plan, split, strides
@@ -23,8 +23,7 @@ BUFFER_BYTES = 64 << 20  # for what does not go straight to its place, and twice
 _NAMED_MAX = 5  # keys in one error
 
 
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
+class TensorInfo(msgspec.Struct, frozen=True, gc=False):
     """A tensor in a checkpoint: its global shape, and its dtype as in `torch.<dtype>`."""
 
     dtype: str
@@ -148,16 +147,17 @@ class Checkpoint:
             for record, crc32c in zip(self._indexes[pack].boxes, self._indexes[pack].box_crc32c, strict=True)
             if record.private == private and record.box_shape == record.shape
         }
-        rest = []
+        direct, rest = [], []
         for item in items:
-            local = item.local
-            if item.spec.mesh is not None or item.spec.key not in found or not lies_in_host_memory(local):
-                rest.append(item)
-                continue
-            pack, record, crc32c = found[item.spec.key]
-            if record.nbytes:
-                ranges.add(pack, crc32c, record.offset, record.nbytes, local.data_ptr())
-                proofs.append((record.key, pack))
+            is_whole = item.spec.mesh is None and item.spec.key in found and lies_in_host_memory(item.local)
+            (direct if is_whole else rest).append(item)
+        records = [found[item.spec.key] for item in direct]
+        ranges.files.extend([pack for pack, _, _ in records])
+        ranges.sums.extend([crc32c for _, _, crc32c in records])
+        ranges.offsets.extend([record.offset for _, record, _ in records])
+        ranges.sizes.extend([record.nbytes for _, record, _ in records])
+        ranges.addresses.extend([item.local.data_ptr() for item in direct])
+        proofs += [(record.key, pack) for pack, record, _ in records]
         return rest
 
     def _entries(self, private: bool, rank: int) -> Iterable[Entry]:
@@ -190,7 +190,7 @@ class Checkpoint:
             )
 
     def _read_through_buffer(self, batch: Sequence[tuple[Piece, _Target]]) -> None:
-        """Read what does not go straight to its place, and move it there. A part of an entry is proved by its chunks."""
+        """Read what does not go straight to its place, and move it there. Chunks prove a part of an entry."""
         spans = [self._span(piece) for piece, _ in batch]
         ranges = Ranges([self._file(pack) for pack in range(self.world_size)])
         sources: list[int] = []  # of each range, its place in the batch
@@ -207,9 +207,7 @@ class Checkpoint:
             else:
                 for chunk in range(begin // index.chunk_bytes, end // index.chunk_bytes):
                     start = chunk * index.chunk_bytes
-                    ranges.add(
-                        entry.pack, index.chunk_crc32c[chunk], start, index.chunk_bytes, address + start - begin
-                    )
+                    ranges.add(entry.pack, index.chunk_crc32c[chunk], start, index.chunk_bytes, address + start - begin)
                     sources.append(number)
             address += _aligned(end - begin)
         for place in self._storage.read_ranges(ranges):

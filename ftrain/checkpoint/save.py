@@ -9,9 +9,9 @@ import torch
 
 from ftrain.checkpoint.agreement import Plans
 from ftrain.checkpoint.async_save import async_save
+from ftrain.checkpoint.host import all_in_host_memory
 from ftrain.checkpoint.job import Job, State
 from ftrain.checkpoint.peers import peers, together
-from ftrain.checkpoint.host import all_in_host_memory
 from ftrain.checkpoint.target import Target
 from ftrain.storage.base import Effort
 
@@ -22,8 +22,8 @@ _plans = Plans()
 def save(path: str | Path, state: State, *, step: int = 0) -> None:
     """Save a state durably: once this returned, the checkpoint at `path` is committed.
 
-    `state` holds modules, optimizers and other objects with `state_dict` and `load_state_dict`, (nested) dicts and lists
-    of tensors and DTensors, and plain data. Where torch.distributed is initialized, all ranks call this together; a
+    `state` holds modules, optimizers and other objects with `state_dict` and `load_state_dict`, (nested) dicts and
+    lists of tensors and DTensors, and plain data. Where torch.distributed is initialized, all ranks call this together; a
     tensor that several ranks name is taken to be the same on all of them, and is written once. Raises `UsageError` for
     a state that cannot be saved, naming the key, `AlreadyExists` where `path` holds a checkpoint, and `StorageError`
     where storage fails: then nothing is committed, on any rank.

@@ -1,4 +1,4 @@
-"""One rank's part of a consistent capture: plan once with all ranks, then copy to the arena from each armed boundary."""
+"""One rank's part of a consistent capture: plan once with all ranks, then copy to the arena at armed boundaries."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from ftrain.errors import MismatchedState, ProtocolError
 SLOTS = 2  # one sealed and being persisted, one being filled
 INDEX_SLACK_BYTES = 256 << 10
 PRIVATE_SLACK_BYTES = 256 << 10
+
 
 @dataclass(frozen=True, slots=True)
 class _Ready:
@@ -143,5 +144,3 @@ class Snapshotter:
 
 def _with_slack(index: bytes) -> int:
     return len(index) + len(index) // 4 + INDEX_SLACK_BYTES
-
-

@@ -1,9 +1,9 @@
 """Tensors into memory that outlives them: at once, or while the next forward and backward run.
 
 What training changes only in an optimizer's step (parameters, optimizer state) is copied *late*, by threads or by the
-device, beside the training. Every optimizer waits, by a hook, until nothing of it is needed any more. Everything else is
-copied before `Stager.begin` returns. A tensor that was changed behind the hook's back shows by its version counter: then
-what was staged is refused, and that tensor is copied at once from then on.
+device, beside the training. Every optimizer waits, by a hook, until nothing of it is needed any more. Everything else
+is copied before `Stager.begin` returns. A tensor that was changed behind the hook's back shows by its version counter:
+then what was staged is refused, and that tensor is copied at once from then on.
 """
 
 from __future__ import annotations
@@ -216,6 +216,7 @@ def _before_optimizer_step(*_: Any) -> None:
 
 
 register_optimizer_step_pre_hook(_before_optimizer_step)
+os.register_at_fork(after_in_child=_in_flight.clear)  # a child has none of the threads that copy
 
 
 def _copy_odd(tensor: torch.Tensor, address: int) -> None:

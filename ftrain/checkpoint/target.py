@@ -1,14 +1,14 @@
 """A directory that is to become one checkpoint.
 
-It is committed once its manifest is there, which is written last; a directory without one is what a crash left of a save, and
-the next save to that path removes it.
+It is committed once its manifest is there, which is written last; a directory without one is what a crash left of a
+save, and the next save to that path removes it.
 """
 
 from __future__ import annotations
 
+import threading
 from array import array
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -56,18 +56,22 @@ class Target:
     ) -> None:
         """Write all packs, then the manifest. A collective: it is committed for all ranks, or fails on all of them.
 
-        `find` gives the addresses of the pack's boxes, once they may be read from there. The rest is as in `persist_plan`.
+        `find` gives the addresses of the pack's boxes, once they may be read there. The rest is as in `persist_plan`.
         """
         with together(peers, f"preparing {self}"):
             addresses = find()
             if peers.rank == 0:
                 self._prepare()
         records: list[bytes] = []
-        with together(peers, f"writing {self}"), ThreadPoolExecutor(1, "ftrain-save") as pool:
-            beside = pool.submit(self._publish_references, agreed) if peers.rank == 0 else None
-            record = persist_plan(self._storage, self._base, self._attempt, agreed.pack, addresses, plain, effort, image)
-            if beside is not None:
-                beside.result()
+        with together(peers, f"writing {self}"):
+            beside = _Beside(self._publish_references if peers.rank == 0 else _nothing, agreed)
+            try:
+                record = persist_plan(
+                    self._storage, self._base, self._attempt, agreed.pack, addresses, plain, effort, image
+                )
+            finally:
+                beside.join()
+            beside.check()
             records = [msgspec.json.encode(record)]
         if peers.world_size > 1:
             records = peers.exchange(records[0])
@@ -90,3 +94,28 @@ class Target:
             raise UsageError(f"{self} holds {min(strange)}, which is not ftrain's; save to a directory of its own")
         if there:
             self._storage.remove_tree(self._base)
+
+
+class _Beside(threading.Thread):
+    """One call in a thread of its own: no pool, which would start none while the interpreter ends."""
+
+    def __init__(self, call: Callable[[Agreed], None], agreed: Agreed) -> None:
+        super().__init__(name="ftrain-save")
+        self._call = call
+        self._agreed = agreed
+        self._error: Exception | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._call(self._agreed)
+        except Exception as error:  # noqa: BLE001 - a thread's edge: `check` raises it
+            self._error = error
+
+    def check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+
+def _nothing(agreed: Agreed) -> None:
+    del agreed

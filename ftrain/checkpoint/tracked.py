@@ -1,8 +1,8 @@
 """What a run tracks, or what is saved at a time, as tensors and plain data, and back.
 
-Parameters and optimizer state are shared: replicated or sharded as their DTensor says, written once. So are the tensors of
-dicts. A buffer that this rank has changed since it was tracked is saved for this rank as well. Everything else belongs to
-its rank. docs/format.md has the keys.
+Parameters and optimizer state are shared: replicated or sharded as their DTensor says, written once. So are the
+tensors of dicts. A buffer that this rank has changed since it was tracked is saved for this rank as well. Everything
+else belongs to its rank. docs/format.md has the keys.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Tracked:
             )
         self._objects[name] = self._source(name, found)
 
-    def add_state(self, state: MutableMapping[str, Any]) -> None:
+    def add_state(self, state: MutableMapping[Any, Any]) -> None:
         """Add everything in a state: objects as `add` does, dicts of tensors, tensors and plain data.
 
         Raises `UsageError` for names that are not strings.

@@ -183,7 +183,7 @@ def check_coverage(indexes: Iterable[PackIndex], where: str) -> None:
         for record in index.boxes:
             if record.private:
                 continue
-            if record.box_shape == record.shape and prod(record.shape):
+            if record.box_shape == record.shape and all(record.shape):
                 if record.key in alone:
                     raise CorruptCheckpoint(f"{where}: {record.key} is not covered exactly once: it is there twice")
                 alone.add(record.key)

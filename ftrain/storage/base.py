@@ -12,7 +12,7 @@ from ftrain._native import Pack
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How hard to work: threads, how far below the caller's priority, and an upper bound of bytes a second (0: none)."""
+    """How hard to work: threads, how far below the caller's priority, and a bound of bytes a second (0: none)."""
 
     threads: int = 1
     nice: int = 0

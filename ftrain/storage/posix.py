@@ -250,7 +250,7 @@ def _write_synced(temporary: Path, flags: int, write: Callable[[int], _T]) -> _T
 
 
 def _open_to_read(path: Path) -> tuple[int, bool]:
-    """A descriptor, and whether it is for direct I/O: what the page cache holds already is not read from the disk again."""
+    """A descriptor, and whether it is for direct I/O: what the page cache holds is not read from the disk again."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     if _native.cached_share(descriptor) > CACHED_SHARE_MIN or os.fstat(descriptor).st_size % ALIGNMENT_BYTES:
         return descriptor, False

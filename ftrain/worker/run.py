@@ -18,6 +18,7 @@ from torch.distributed import PrefixStore, Store, TCPStore
 
 from ftrain.checkpoint.items import TensorItem
 from ftrain.checkpoint.restore import Checkpoint
+from ftrain.checkpoint.tracked import Tracked
 from ftrain.core import local
 from ftrain.core.page import Field, Phase
 from ftrain.errors import UsageError
@@ -26,7 +27,6 @@ from ftrain.worker import process_group, random_state
 from ftrain.worker.data import Batches
 from ftrain.worker.link import Armed, Link, from_environment, leave_signals_to_agent
 from ftrain.worker.snapshots import Snapshots
-from ftrain.checkpoint.tracked import Tracked
 
 GROUP_TIMEOUT = timedelta(minutes=10)
 _joined: list[Run] = []
@@ -287,13 +287,13 @@ class Steps:
         if self._link is None:
             return
         self._send_metrics()
-        if self._run.snapshots is not None:
-            self._run.snapshots.wait()
-        if self._link.boot.checkpoints and self._done:
+        snapshots = self._run.snapshots
+        if snapshots is not None and self._done:
+            snapshots.wait()
             self._link.say(local.WorkerAtEnd(self._done))
             while armed := self._link.wait_armed(self._done, self._attempt_seen):
                 self._snapshot(armed)
-                self._run.snapshots.wait()
+                snapshots.wait()
         self._link.enter(Phase.DONE)
 
     def _send_metrics(self) -> None:

@@ -60,7 +60,9 @@ class World:
             snapshotter.take(slot, attempt, items(rank), plain(rank))()
 
     def persist(self, storage: Storage, attempt: Attempt, slot: int = 0) -> list[PackRecord]:
-        return [persist_slot(storage, attempt, rank, Arena(fd), slot, lambda: False) for rank, fd in enumerate(self.fds)]
+        return [
+            persist_slot(storage, attempt, rank, Arena(fd), slot, lambda: False) for rank, fd in enumerate(self.fds)
+        ]
 
     def _exchange_of(self, rank: int) -> Callable[[bytes], list[bytes]]:
         def exchange(data: bytes) -> list[bytes]:
