@@ -125,6 +125,26 @@ std::vector<std::size_t> fetch_ranges(const std::vector<std::tuple<int, bool>>& 
     return fetch(opened, wanted, options, idle_call(on_idle));
 }
 
+// As a fetch, from memory that holds a pack's image.
+std::vector<std::size_t> gather(std::uintptr_t image, std::uint64_t nbytes, nb::handle sums, nb::handle offsets, nb::handle sizes,
+                                nb::handle addresses, unsigned threads) {
+    const auto wanted = rows_of<Wanted>({sums, offsets, sizes, addresses}, [&](const auto& word) {
+        if (word(1) > nbytes || word(2) > nbytes - word(1)) {
+            throw std::invalid_argument("a range reaches beyond the image");
+        }
+        return Wanted{0, narrow(word(0)), word(1), word(2), word(3)};
+    });
+    if (image == 0) {
+        throw std::invalid_argument("the image has a null address");
+    }
+    const File file{-1, false, image};
+    FetchOptions options;
+    options.crew.threads = threads;
+    const nb::object none = nb::none();
+    nb::gil_scoped_release no_gil;
+    return fetch(std::span(&file, 1), wanted, options, idle_call(none));
+}
+
 }  // namespace
 
 void bind_engine(nb::module_& m) {
@@ -156,6 +176,8 @@ void bind_engine(nb::module_& m) {
     m.def("fetch", &fetch_ranges, "files"_a, "file_numbers"_a, "sums"_a, "offsets"_a, "sizes"_a, "addresses"_a, nb::kw_only(),
           "threads"_a = 2, "depth"_a = 8, "block_bytes"_a = std::size_t{2} << 20, "backend"_a = "any",
           "on_idle"_a.none() = nb::none());
+    m.def("gather", &gather, "image"_a, "nbytes"_a, "sums"_a, "offsets"_a, "sizes"_a, "addresses"_a, nb::kw_only(),
+          "threads"_a = 2);
     m.def("cached_share", &cached_share, "fd"_a);
     m.def("transfer_backend", &backend_name, "backend"_a = "any");
 }

@@ -108,6 +108,10 @@ public:
                 break;
             }
             const Block& block = plan_.blocks[number];
+            if (files_[block.file].memory != 0) {
+                take(block, reinterpret_cast<const std::byte*>(files_[block.file].memory + block.begin));
+                continue;
+            }
             if (!files_[block.file].direct) {
                 read_cached(block, buffers.at(slots_), stop);
                 continue;

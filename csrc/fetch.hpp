@@ -14,6 +14,7 @@ namespace ftrain {
 struct File {
     int fd;
     bool direct;  // O_DIRECT: read in whole pages through buffers. Otherwise through the page cache, straight to its place.
+    std::uintptr_t memory = 0;  // where its bytes are in this process, instead of behind a descriptor
 };
 
 // `nbytes` at `offset` of a file, to `address` (0: only to be proved), whose checksum is to be `sum`.

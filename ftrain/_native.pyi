@@ -187,6 +187,18 @@ def fetch(
     has `depth` buffers of `block_bytes` for direct files. Interrupted as `Pack.write` is.
     """
 
+def gather(
+    image: int,
+    nbytes: int,
+    sums: Buffer,
+    offsets: Buffer,
+    sizes: Buffer,
+    addresses: Buffer,
+    *,
+    threads: int = 2,
+) -> list[int]:
+    """As `fetch`, from `nbytes` of memory at `image`. ValueError for a range that reaches beyond them."""
+
 def cached_share(fd: int) -> float:
     """How much of the file is in the page cache, 0 to 1; 0 where the kernel does not say."""
 

@@ -10,6 +10,7 @@ from ftrain.core.schedule import CheckpointPolicy
 from ftrain.core.supervision import RestartPolicy
 
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
+STOP_GRACE_SECONDS = 30.0  # from SIGTERM to SIGKILL for scripts that never joined: what torchrun gives them
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,7 @@ class JobSpec:
     wait_seconds: float = 600.0
     lease_seconds: float = 10.0
     last_call_seconds: float = 5.0
-    stop_grace_seconds: float = 30.0
+    stop_grace_seconds: float = STOP_GRACE_SECONDS
     environment: dict[str, str] = field(default_factory=dict)
 
     @property

@@ -73,6 +73,11 @@ class Agent:
         finally:
             await self._close(channel)
 
+    @property
+    def welcomed(self) -> bool:
+        """Whether a coordinator has ever taken this node."""
+        return self._state.term > 0
+
     def finish(self, exit: node.Exit) -> None:
         """End now, with everything that runs here."""
         if not self._done.done():
@@ -120,7 +125,7 @@ class Agent:
         if error is None:
             self._post(node.Connected())
             return
-        if isinstance(error, Refused):
+        if isinstance(error, Refused) and not self.welcomed:  # once it was taken, a stranger refuses
             self.finish(node.Exit(int(error.exit_code), str(error)))
             return
         if self._state.connected:
@@ -162,7 +167,12 @@ class Agent:
     def _saved(self, attempt: m.Attempt, rank: int, pack: m.PackRecord | None, cause: str) -> None:
         event = node.Persisted(attempt, pack) if pack is not None else node.PersistFailed(attempt, rank, cause)
         with contextlib.suppress(RuntimeError):  # the loop is closed when the agent left in a hurry
-            self._loop.call_soon_threadsafe(self._post, event)
+            self._loop.call_soon_threadsafe(self._saving_ended, attempt, event)
+
+    def _saving_ended(self, attempt: m.Attempt, event: node.Event) -> None:
+        self._post(event)
+        if all(writing != attempt for writing, _ in self._state.writing):
+            self._saver.forget(attempt)
 
     # ---------------------------------------------------------------------------------------------------- actions out
 

@@ -64,7 +64,7 @@ class CoordinatorHost:
     ) -> None:
         self._storage = storage
         self._service = Service(self, secret, hosts, port)
-        self._policy = policy
+        self.policy = policy
         self._writer = uuid.uuid4().hex  # unique for this life of the coordinator
         self._peers: dict[str, Peer] = {}
         self._heard: set[str] = set()  # nodes whose Hello the machine has seen
@@ -88,7 +88,7 @@ class CoordinatorHost:
         live = {body.attempt.path for _, body in history.commits}
         newest = history.generation.generation if history.generation is not None else 0
         await self._loop.run_in_executor(self._files, sweep, self._storage, live, newest)
-        self._state = coordinator.initial(self._policy, history, self._writer)
+        self._state = coordinator.initial(self.policy, history, self._writer)
         self._post(run_state.Begin())
         for event in self._early:
             self._post(event)
@@ -142,6 +142,8 @@ class CoordinatorHost:
         if self._state is None:
             self._early.append(event)
             return
+        if self._done.done():
+            return  # it is over, or given up: what storage or nodes still say has nobody to decide about it
         self._events.append(event)
         if self._busy:
             return

@@ -64,8 +64,41 @@ def preload(program: Program) -> tuple[str, ...]:
     """The modules that the nursery imports: torch's, and those installed ones that the script itself imports first."""
     if program.kind == "exec":
         return ()
-    path = Path(program.target) if program.kind == "script" else _module_file(program.target)
+    path = _file(program)
     return (*TRAINING_MODULES, *(_installed_imports(path) if path is not None else ()))
+
+
+def joins(program: Program) -> bool:
+    """Whether the script itself, as it is written, calls `ftrain.join()`: one that does it by way of others may too."""
+    path = _file(program)
+    tree = _parsed(path) if path is not None else None
+    found = list(ast.walk(tree)) if tree is not None else []
+    imported = [alias for node in found if isinstance(node, ast.Import) for alias in node.names]
+    names = {alias.asname or alias.name for alias in imported if alias.name == "ftrain"}
+    taken = {
+        alias.name
+        for node in found
+        if isinstance(node, ast.ImportFrom) and node.module == "ftrain"
+        for alias in node.names
+    }
+    return "join" in taken or any(
+        isinstance(node.value, ast.Name) and node.value.id in names
+        for node in found
+        if isinstance(node, ast.Attribute) and node.attr == "join"
+    )
+
+
+def _file(program: Program) -> Path | None:
+    if program.kind == "exec":
+        return None
+    return Path(program.target) if program.kind == "script" else _module_file(program.target)
+
+
+def _parsed(path: Path) -> ast.Module | None:
+    try:
+        return ast.parse(path.read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return None  # the worker will meet the same, and say so
 
 
 def _module_file(name: str) -> Path | None:
@@ -81,12 +114,9 @@ def _installed_imports(path: Path) -> tuple[str, ...]:
 
     The user's own modules are left to the worker: they may change between two generations.
     """
-    try:
-        tree = ast.parse(path.read_bytes())
-    except (OSError, SyntaxError, ValueError):
-        return ()  # the worker will meet the same, and say so
+    tree = _parsed(path)
     names: list[str] = []
-    for node in tree.body:
+    for node in tree.body if tree is not None else ():
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import sys
 from collections import deque
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import BinaryIO, TextIO
 
 from ftrain.spec import Output
 
+log = logging.getLogger("ftrain")
 CHUNK_BYTES = 1 << 16
 LINE_BYTES_MAX = 1 << 16
 TAIL_LINES = 20
@@ -37,7 +40,7 @@ class Stream:
         if not data:
             self.close()
             return
-        with contextlib.suppress(OSError):  # a full disk must not stop the training; the terminal still has the line
+        with contextlib.suppress(OSError):  # as in `_open`
             self.file.write(data)
         *lines, self.rest = (self.rest + data).split(b"\n")
         if len(self.rest) > LINE_BYTES_MAX:
@@ -64,12 +67,22 @@ class Stream:
                 print(f"{self.prefix}{text}", file=self.terminal, flush=True)
 
 
+def _open(path: Path) -> BinaryIO:
+    """The file, or nothing in its place: a full disk must not stop the training; the terminal still has the lines."""
+    try:
+        return path.open("ab", buffering=0)
+    except OSError as error:
+        log.warning("%s cannot be written: %s; this output is on the terminal only", path, error.strerror)
+        return open(os.devnull, "ab", buffering=0)
+
+
 class RankLogs:
     """Both streams of one worker. The write ends are the worker's; close them here once it is forked."""
 
     def __init__(self, policy: Output, generation: int, rank: int, local_rank: int) -> None:
         directory = policy.directory / f"generation-{generation:04d}" / f"rank-{rank}"
-        directory.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):  # opening the files tells
+            directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
         shown = policy.shown is None or local_rank in policy.shown
@@ -80,8 +93,7 @@ class RankLogs:
             read, write = os.pipe2(os.O_CLOEXEC)
             os.set_blocking(read, False)
             where = terminal if shown and local_rank not in quiet[name] else None
-            file = (directory / f"{name}.log").open("ab", buffering=0)
-            stream = Stream(read, file, f"[rank{rank}]: ", where, self.tail)
+            stream = Stream(read, _open(directory / f"{name}.log"), f"[rank{rank}]: ", where, self.tail)
             asyncio.get_running_loop().add_reader(read, stream.readable)
             self.streams.append(stream)
             self.write_fds.append(write)

@@ -80,7 +80,7 @@ def metrics_text(state: State, story: Story) -> str:
             "ftrain_last_recovery_seconds",
             "gauge",
             "Failure to back in the loop.",
-            story.recoveries[-1] if story.recoveries else 0.0,
+            story.recovery_seconds,
         ),
     ]
     lines = [f"# HELP {name} {text}\n# TYPE {name} {kind}\n{name} {value:g}\n" for name, kind, text, value in families]

@@ -21,10 +21,10 @@ class Story:
     """Writes beside the run, never in its way: a full disk costs the story, not the training."""
 
     def __init__(self, directory: Path | None) -> None:
-        self._events = _open(directory, "events.jsonl")
-        self._metrics = _open(directory, "metrics.jsonl")
+        self._events = _Records(directory, "events.jsonl")
+        self._metrics = _Records(directory, "metrics.jsonl")
         self.interruptions: deque[dict[str, Any]] = deque(maxlen=RECORDS_KEPT)
-        self.recoveries: list[float] = []
+        self.recovery_seconds = 0.0  # what the last one took
         self.metrics: dict[str, float | str] = {}
         self.step = -1
         self._shown_at = 0.0
@@ -33,7 +33,7 @@ class Story:
         match action:
             case Log(text, level):
                 log.log(logging.getLevelName(level.upper()), text)
-                _write(self._events, {"event": level, "text": text})
+                self._events.write({"event": level, "text": text})
             case Interrupted(failure, generation, furthest, resumes_at):
                 lost = max(0, furthest - resumes_at) if furthest >= 0 else 0
                 log.warning("generation %d interrupted: %s", generation, failure.summary)
@@ -53,18 +53,18 @@ class Story:
                     "redone_steps": lost,
                 }
                 self.interruptions.append(record)
-                _write(self._events, record)
+                self._events.write(record)
             case Resumed(generation, step, seconds):
                 log.info(
                     "generation %d is back in its loop at step %d, %.2f s after the failure", generation, step, seconds
                 )
-                self.recoveries.append(seconds)
+                self.recovery_seconds = seconds
                 if self.interruptions:
                     self.interruptions[-1]["recovery_seconds"] = seconds
-                _write(self._events, {"event": "resumed", "generation": generation, "step": step, "seconds": seconds})
+                self._events.write({"event": "resumed", "generation": generation, "step": step, "seconds": seconds})
             case Measured(metrics):
                 self.step, self.metrics = metrics.step, metrics.values
-                _write(self._metrics, {"generation": metrics.generation, "step": metrics.step, **metrics.values})
+                self._metrics.write({"generation": metrics.generation, "step": metrics.step, **metrics.values})
                 if time.monotonic() - self._shown_at >= PROGRESS_SECONDS:
                     self._shown_at = time.monotonic()
                     values = "  ".join(f"{name} {number(value)}" for name, value in metrics.values.items())
@@ -73,9 +73,8 @@ class Story:
                 raise AssertionError(f"not a thing to tell: {action}")
 
     def close(self) -> None:
-        for file in (self._events, self._metrics):
-            if file is not None:
-                file.close()
+        self._events.close()
+        self._metrics.close()
 
 
 def number(value: float | str) -> str:
@@ -83,20 +82,30 @@ def number(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:.4g}"
 
 
-def _open(directory: Path | None, name: str) -> BinaryIO | None:
-    if directory is None:
-        return None
-    try:
-        return (directory / name).open("ab", buffering=0)
-    except OSError as error:
-        log.warning("%s cannot be written: %s", directory / name, error.strerror)
-        return None
+class _Records:
+    """A file of JSON lines, or nothing where there is none to be had. Says so once, until it can be written again."""
 
+    def __init__(self, directory: Path | None, name: str) -> None:
+        self._file: BinaryIO | None = None
+        self._failing = False
+        if directory is not None:
+            try:
+                self._file = (directory / name).open("ab", buffering=0)
+            except OSError as error:
+                log.warning("%s cannot be written: %s", directory / name, error.strerror)
 
-def _write(file: BinaryIO | None, record: dict[str, Any]) -> None:
-    if file is None:
-        return
-    try:
-        file.write(msgspec.json.encode({"unix_seconds": round(time.time(), 3), **record}) + b"\n")
-    except OSError as error:
-        log.warning("%s cannot be written: %s", file.name, error.strerror)
+    def write(self, record: dict[str, Any]) -> None:
+        if self._file is None:
+            return
+        try:
+            self._file.write(msgspec.json.encode({"unix_seconds": round(time.time(), 3), **record}) + b"\n")
+        except OSError as error:
+            if not self._failing:
+                log.warning("%s cannot be written: %s", self._file.name, error.strerror)
+            self._failing = True
+        else:
+            self._failing = False
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()

@@ -19,6 +19,7 @@ from ftrain.agent.logs import RankLogs
 from ftrain.checkpoint.arena import Arena
 from ftrain.core import local
 from ftrain.core.messages import ErrorReport, RankExit
+from ftrain.core.page import NO_STEP, Field
 from ftrain.spec import Output
 
 _FROM_WORKER = msgspec.json.Decoder(local.FromWorker)
@@ -61,7 +62,7 @@ class WorkerProcess:
         ours.setblocking(False)
         logs = RankLogs(policy, generation, rank, local_rank)
         page = _native.ControlPage(page_fd)
-        page.store(0, -1)
+        page.store(Field.STEP, NO_STEP)
         error_file = logs.directory / "error.json"
         return cls(rank, local_rank, page, page_fd, arena, ours, theirs, logs, error_file)
 

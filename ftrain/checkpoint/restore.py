@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import msgspec
 import torch
 
+from ftrain import _native
+from ftrain.checkpoint.arena import Image
 from ftrain.checkpoint.host import lies_in_host_memory
 from ftrain.checkpoint.items import TensorItem
 from ftrain.checkpoint.publish import read_index
@@ -19,6 +21,7 @@ from ftrain.errors import CheckpointNotFound, CorruptCheckpoint, MismatchedState
 from ftrain.storage.base import Ranges, Storage
 
 THREADS = 4  # that read indexes
+GATHER_THREADS = 2
 BUFFER_BYTES = 64 << 20  # for what does not go straight to its place, and twice that where its parts are large
 _NAMED_MAX = 5  # keys in one error
 
@@ -35,6 +38,7 @@ class Checkpoint:
     """A committed checkpoint, open for reading. Its indexes are in memory, its tensors are not."""
 
     def __init__(self, storage: Storage, path: str, manifest: Manifest, indexes: Sequence[PackIndex]) -> None:
+        self._held: dict[int, Image] = {}  # packs that are in memory, too
         self._storage = storage
         self._path = path
         self._manifest = manifest
@@ -105,6 +109,14 @@ class Checkpoint:
         """The plain data that this rank saved, by name. `rank` is below `world_size`."""
         return {name: plain_data.decode(value) for name, value in self._indexes[rank].plain.items()}
 
+    def hold(self, pack: int, sealed: PackIndex, image: Image) -> bool:
+        """Take a pack from memory, where its bytes prove right there. False where `sealed` is of another checkpoint."""
+        index = self._indexes[pack]
+        if (sealed.attempt, sealed.rank, sealed.boxes) != (index.attempt, index.rank, index.boxes):
+            return False
+        self._held[pack] = image
+        return True
+
     def read_into(self, items: Sequence[TensorItem], rank: int, *, elsewhere: Collection[str] = ()) -> None:
         """Fill the local tensors in place, from whichever boxes were saved; private ones from those of the same rank.
 
@@ -131,7 +143,7 @@ class Checkpoint:
                     proofs.append((entry.key, entry.pack))
                 else:
                     indirect += [(part, target) for part in split(piece)]
-        for place in self._storage.read_ranges(ranges):
+        for place in self._read(ranges):
             raise self._damaged(*proofs[place], ranges.offsets[place], ranges.sizes[place])
         for batch in _batches(indirect):
             self._read_through_buffer(batch)
@@ -147,7 +159,8 @@ class Checkpoint:
             for record, crc32c in zip(self._indexes[pack].boxes, self._indexes[pack].box_crc32c, strict=True)
             if record.private == private and record.box_shape == record.shape
         }
-        direct, rest = [], []
+        direct: list[TensorItem] = []
+        rest: list[TensorItem] = []
         for item in items:
             is_whole = item.spec.mesh is None and item.spec.key in found and lies_in_host_memory(item.local)
             (direct if is_whole else rest).append(item)
@@ -189,6 +202,20 @@ class Checkpoint:
                 f"{self._storage.url}/{self._path} is of another model or optimizer: {'; '.join(filter(None, found))}"
             )
 
+    def _read(self, ranges: Ranges) -> list[int]:
+        """The places of ranges that are damaged, from wherever their bytes were nearest."""
+        if not self._held:
+            return self._storage.read_ranges(ranges)
+        rest = [place for place, pack in enumerate(ranges.files) if pack not in self._held]
+        for pack, image in self._held.items():
+            places = [place for place, number in enumerate(ranges.files) if number == pack]
+            own = ranges.only(places)
+            damaged = _native.gather(
+                image.address, image.nbytes, own.sums, own.offsets, own.sizes, own.addresses, threads=GATHER_THREADS
+            )
+            rest += [places[place] for place in damaged]  # storage is asked before anything is given up
+        return [rest[place] for place in self._storage.read_ranges(ranges.only(rest))] if rest else []
+
     def _read_through_buffer(self, batch: Sequence[tuple[Piece, _Target]]) -> None:
         """Read what does not go straight to its place, and move it there. Chunks prove a part of an entry."""
         spans = [self._span(piece) for piece, _ in batch]
@@ -210,7 +237,7 @@ class Checkpoint:
                     ranges.add(entry.pack, index.chunk_crc32c[chunk], start, index.chunk_bytes, address + start - begin)
                     sources.append(number)
             address += _aligned(end - begin)
-        for place in self._storage.read_ranges(ranges):
+        for place in self._read(ranges):
             entry = batch[sources[place]][0].entry
             raise self._damaged(entry.key, entry.pack, ranges.offsets[place], ranges.sizes[place])
         for (piece, target), (begin, _), place in zip(batch, spans, places, strict=True):

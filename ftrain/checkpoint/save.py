@@ -23,7 +23,7 @@ def save(path: str | Path, state: State, *, step: int = 0) -> None:
     """Save a state durably: once this returned, the checkpoint at `path` is committed.
 
     `state` holds modules, optimizers and other objects with `state_dict` and `load_state_dict`, (nested) dicts and
-    lists of tensors and DTensors, and plain data. Where torch.distributed is initialized, all ranks call this together; a
+    lists of tensors and DTensors, and plain data. Where torch.distributed is initialized, all ranks call together; a
     tensor that several ranks name is taken to be the same on all of them, and is written once. Raises `UsageError` for
     a state that cannot be saved, naming the key, `AlreadyExists` where `path` holds a checkpoint, and `StorageError`
     where storage fails: then nothing is committed, on any rank.

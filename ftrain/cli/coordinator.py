@@ -10,9 +10,9 @@ from typing import Annotated
 
 import typer
 
-from ftrain import __version__
 from ftrain.agent.coordinator_host import CoordinatorHost
 from ftrain.cli import options
+from ftrain.cli.policy import run_policy
 from ftrain.cli.running import set_up_logging, write_whereabouts
 from ftrain.control.secret import Secret
 from ftrain.control.service import EVERYWHERE, LOOPBACK
@@ -20,7 +20,7 @@ from ftrain.core.membership import FormationPolicy
 from ftrain.core.run_state import Exit, RunPolicy
 from ftrain.core.supervision import RestartPolicy
 from ftrain.errors import ExitCode
-from ftrain.spec import LOOPBACK_HOSTS
+from ftrain.spec import LOOPBACK_HOSTS, STOP_GRACE_SECONDS
 from ftrain.storage import open_storage
 
 log = logging.getLogger("ftrain")
@@ -43,15 +43,13 @@ def coordinator(
     """Serve one run until it is over."""
     set_up_logging("ftrain coordinator")
     low, high = options.nodes(nnodes)
-    lease_seconds = options.some_seconds(lease, "--lease")
-    policy = RunPolicy(
-        run_id=rdzv_id,
-        version=__version__,
-        formation=FormationPolicy(low, high, options.seconds(wait_for_node, "--wait-for-node")),
-        restart=RestartPolicy(max_restarts=max_restarts),
-        checkpoint=options.checkpoints(checkpoint_every, keep),
-        lease_seconds=lease_seconds,
-        heartbeat_seconds=min(1.0, lease_seconds / 5),
+    policy = run_policy(
+        rdzv_id,
+        FormationPolicy(low, high, options.seconds(wait_for_node, "--wait-for-node")),
+        RestartPolicy(max_restarts=max_restarts),
+        options.checkpoints(checkpoint_every, keep),
+        options.some_seconds(lease, "--lease"),
+        STOP_GRACE_SECONDS,
     )
     host, port = options.endpoint(rdzv_endpoint)
     directory = options.directory(run_dir, "--run-dir", lambda path: path.mkdir(parents=True, exist_ok=True))

@@ -16,7 +16,7 @@ from ftrain.cli import options
 from ftrain.cli.running import run_job
 from ftrain.core.supervision import RestartPolicy
 from ftrain.errors import UsageError
-from ftrain.spec import JobSpec, Output, Program, Topology
+from ftrain.spec import STOP_GRACE_SECONDS, JobSpec, Output, Program, Topology
 
 _SAME = "Accepted because torchrun has it; ftrain needs no such setting."
 _TORCHRUN = "torchrun's flags without effect here"
@@ -79,7 +79,7 @@ def launch(
     shutdown_timeout: Annotated[
         float,
         typer.Option("--shutdown-timeout", "--shutdown_timeout", help="Seconds from SIGTERM to SIGKILL for workers."),
-    ] = 30.0,
+    ] = STOP_GRACE_SECONDS,
     run_dir: Annotated[
         Path | None,
         typer.Option("--run-dir", help="Journal, checkpoints, logs; an existing one is continued. Default ./runs/..."),

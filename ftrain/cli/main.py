@@ -1,48 +1,35 @@
-"""The `ftrain` command."""
+"""The `ftrain` command: what has to be in place before everything else, and what comes after."""
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+from types import FrameType
 
-import typer
-
-from ftrain import __version__
-from ftrain.cli.coordinator import coordinator
-from ftrain.cli.launch import launch
-from ftrain.cli.secret import secret
-from ftrain.cli.status import status
-from ftrain.errors import FtrainError
-
-app = typer.Typer(
-    help="Fault-tolerant training for PyTorch.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-app.command(
-    context_settings={"allow_interspersed_args": False, "ignore_unknown_options": False},
-    help="Start (or continue) a training job on this node; takes torchrun's flags.",
-)(launch)
-app.command(help="Run the coordinator by itself, outside of any node.")(coordinator)
-app.command(help="Make the secret that all nodes of a run share.")(secret)
-app.command(help="Show what a run is doing.")(status)
-
-
-@app.callback(invoke_without_command=True)
-def _root(version: bool = typer.Option(False, "--version", help="Print the version and end.")) -> None:
-    if version:
-        print(f"ftrain {__version__}")
-        raise typer.Exit
+from ftrain.errors import ExitCode, FtrainError
 
 
 def main() -> None:
-    """A user's mistake ends in one line and its exit code, never in a traceback."""
+    """A user's mistake ends in one line and its exit code, never in a traceback; so does SIGTERM, however early."""
+    signal.signal(signal.SIGTERM, _leave_before_start)
+    from ftrain.cli.app import app
+
     try:
         app()
     except FtrainError as error:
         print(f"ftrain: {error}", file=sys.stderr)
         raise SystemExit(int(error.exit_code)) from None
+
+
+def _leave_before_start(number: int, frame: FrameType | None) -> None:
+    """Nothing runs yet and nothing is written, so there is nothing to end in order.
+
+    An exception would not do: it comes up in whatever import it meets, and some swallow or print it.
+    """
+    del number, frame
+    os.write(2, b"ftrain: left on SIGTERM before anything was started\n")
+    os._exit(ExitCode.PREEMPTED)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import socket
@@ -55,12 +56,20 @@ def visible_gpus() -> int:
 def endpoint(text: str) -> tuple[str, int]:
     """`HOST`, `HOST:PORT` or `[IPV6]:PORT`."""
     match = re.fullmatch(r"\[(?P<six>[0-9a-fA-F:]+)\](?::(?P<p6>\d+))?|(?P<host>[^:\s]+)(?::(?P<p4>\d+))?", text)
-    if match is None:
+    if match is None or not _can_be_a_name(match["six"] or match["host"]):
         raise UsageError(f"--rdzv-endpoint {text}: give HOST:PORT")
     port = int(match["p6"] or match["p4"] or DEFAULT_PORT)
     if not 0 < port < 65536:
         raise UsageError(f"--rdzv-endpoint {text}: ports go from 1 to 65535")
     return match["six"] or match["host"], port
+
+
+def _can_be_a_name(host: str) -> bool:
+    try:
+        host.encode("idna")
+    except UnicodeError:  # an empty label, or one that is too long: looking it up would raise the same
+        return False
+    return True
 
 
 def seconds(text: str, flag: str) -> float:
@@ -163,7 +172,7 @@ def is_local(host: str) -> bool:
     return False
 
 
-def own_address(host: str, port: int, wait_seconds: float) -> str:
+async def own_address(host: str, port: int, wait_seconds: float) -> str:
     """The address by which the other nodes reach this one: the one from which `host` is reached.
 
     On clusters a node's name may come up later than we do: it is tried again for `wait_seconds`. Raises `Unavailable`.
@@ -171,7 +180,7 @@ def own_address(host: str, port: int, wait_seconds: float) -> str:
     deadline = time.monotonic() + wait_seconds
     while True:
         try:
-            info = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+            info = (await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_DGRAM))[0]
             with socket.socket(info[0], info[1]) as probe:
                 probe.connect(info[4])
                 return str(probe.getsockname()[0])
@@ -180,4 +189,4 @@ def own_address(host: str, port: int, wait_seconds: float) -> str:
                 raise Unavailable(
                     f"--rdzv-endpoint {host}: cannot be resolved or reached from here ({error})"
                 ) from None
-        time.sleep(RESOLVE_SECONDS)
+        await asyncio.sleep(RESOLVE_SECONDS)

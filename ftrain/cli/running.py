@@ -16,16 +16,17 @@ from pathlib import Path
 from types import FrameType
 
 from ftrain import __version__
+from ftrain.agent import environment
 from ftrain.agent.agent import Agent
 from ftrain.agent.coordinator_host import CoordinatorHost
 from ftrain.cli import options
+from ftrain.cli.policy import run_policy
 from ftrain.control.client import Client
 from ftrain.control.secret import Secret
 from ftrain.control.service import EVERYWHERE, LOOPBACK
 from ftrain.core import messages as m
 from ftrain.core import node
 from ftrain.core.membership import FormationPolicy
-from ftrain.core.run_state import RunPolicy
 from ftrain.errors import ExitCode, Unavailable, UsageError
 from ftrain.spec import JobSpec
 from ftrain.storage import open_storage
@@ -62,21 +63,6 @@ def set_up_logging(name: str) -> None:
     logger.propagate = False
 
 
-def policy_of(spec: JobSpec) -> RunPolicy:
-    topology = spec.topology
-    formation = FormationPolicy(topology.nodes_min, topology.nodes_max, spec.wait_seconds, spec.last_call_seconds)
-    return RunPolicy(
-        run_id=spec.run_id,
-        version=__version__,
-        formation=formation,
-        restart=spec.restart,
-        checkpoint=spec.checkpoint,
-        lease_seconds=spec.lease_seconds,
-        heartbeat_seconds=min(1.0, spec.lease_seconds / 5),
-        stop_grace_seconds=spec.stop_grace_seconds,
-    )
-
-
 def _secret(spec: JobSpec) -> Secret:
     if spec.secret_path is not None:
         return Secret.load(spec.secret_path)
@@ -99,15 +85,18 @@ def _conclude(exit: node.Exit, spec: JobSpec) -> int:
 
 async def _run(spec: JobSpec, secret: Secret) -> node.Exit:
     topology = spec.topology
-    host = await _host(spec, secret)
+    host, refusal = await _host(spec, secret)
     address, port = topology.host, topology.port
     if host is not None:
         address, port = ("127.0.0.1" if topology.loopback else topology.host), host[1]
     client = Client(f"[{address}]:{port}" if ":" in address else f"{address}:{port}", secret)
-    agent = Agent(spec, _hello(spec, address, port), client, open_storage(str(spec.run_dir)))
+    agent = Agent(spec, await _hello(spec, address, port), client, open_storage(str(spec.run_dir)))
     agent_task = asyncio.create_task(agent.run())
     if host is None:
-        return await agent_task
+        exit = await agent_task
+        if refusal and exit.code == ExitCode.UNAVAILABLE and not agent.welcomed:
+            return node.Exit(exit.code, f"{exit.summary}. {refusal}")
+        return exit
     host_task = asyncio.create_task(host[0].run())
     await asyncio.wait({agent_task, host_task}, return_when=asyncio.FIRST_COMPLETED)
     if not agent_task.done():
@@ -118,46 +107,53 @@ async def _run(spec: JobSpec, secret: Secret) -> node.Exit:
         agent.finish(node.Exit(ended.code, ended.summary))
         return await agent_task
     # Other nodes are still told that the run is over, if it is.
-    await asyncio.wait({host_task}, timeout=policy_of(spec).goodbye_seconds + 1 if host[0].leaving else 0)
+    await asyncio.wait({host_task}, timeout=host[0].policy.goodbye_seconds + 1 if host[0].leaving else 0)
     if not host_task.done():
         host_task.cancel()
         await asyncio.wait({host_task})
     return agent_task.result()
 
 
-async def _host(spec: JobSpec, secret: Secret) -> tuple[CoordinatorHost, int] | None:
-    """The coordinator, if its place is on this node and nobody else serves there."""
+async def _host(spec: JobSpec, secret: Secret) -> tuple[tuple[CoordinatorHost, int] | None, str]:
+    """The coordinator and its port, if its place is on this node. If something else has that port: none, and why."""
     topology = spec.topology
     first = topology.node_rank == 0 or (topology.node_rank < 0 and options.is_local(topology.host))
     if not first:
-        return None
+        return None, ""
     _check_unused(spec.run_dir, topology.port)
     hosts = LOOPBACK if topology.loopback else EVERYWHERE
-    storage = open_storage(str(spec.run_dir))
-    host = CoordinatorHost(policy_of(spec), storage, secret, hosts, topology.port, spec.run_dir)
+    formation = FormationPolicy(topology.nodes_min, topology.nodes_max, spec.wait_seconds, spec.last_call_seconds)
+    policy = run_policy(
+        spec.run_id, formation, spec.restart, spec.checkpoint, spec.lease_seconds, spec.stop_grace_seconds
+    )
+    host = CoordinatorHost(policy, open_storage(str(spec.run_dir)), secret, hosts, topology.port, spec.run_dir)
     try:
         port = await host.start()
     except Unavailable as error:
-        # `ftrain coordinator` may serve there: if it is something else, the client will say so.
+        # `ftrain coordinator` may serve there. If it is something else, that is said in the end, too.
         log.info("looking for a coordinator there: %s", error)
         await host.close()
-        return None
+        return None, str(error)
     write_whereabouts(spec.run_dir, "127.0.0.1" if topology.loopback else topology.host, port)
-    return host, port
+    return (host, port), ""
 
 
 def write_whereabouts(run_dir: Path, host: str, port: int) -> None:
-    """Where `ftrain status` finds the coordinator; a hint, never trusted."""
+    """Where `ftrain status` finds the coordinator; a hint, never trusted, and not worth the run on a full disk."""
     path = run_dir / WHEREABOUTS
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     found = {"host": host, "port": port, "pid": os.getpid(), "on": socket.gethostname(), "since": time.time()}
-    temporary.write_text(json.dumps(found))
-    temporary.replace(path)
+    try:
+        temporary.write_text(json.dumps(found))
+        temporary.replace(path)
+    except OSError as error:
+        log.warning("%s cannot be written: %s; `ftrain status` will not find this run", path, error.strerror)
+        temporary.unlink(missing_ok=True)
 
 
 def _check_unused(run_dir: Path, port: int) -> None:
     """Two launchers must not share a run by mistake. (If they do all the same, the journal lets only one go on.)"""
-    with suppress(OSError, ValueError, KeyError):
+    with suppress(OSError, ValueError, KeyError, TypeError):
         found = json.loads((run_dir / WHEREABOUTS).read_text())
         command = Path(f"/proc/{int(found['pid'])}/cmdline").read_bytes()
         if found["port"] == port:
@@ -169,10 +165,10 @@ def _check_unused(run_dir: Path, port: int) -> None:
             )
 
 
-def _hello(spec: JobSpec, address: str, port: int) -> m.Hello:
+async def _hello(spec: JobSpec, address: str, port: int) -> m.Hello:
     topology = spec.topology
     own = topology.local_address or (
-        "127.0.0.1" if topology.loopback else options.own_address(address, port, spec.wait_seconds)
+        "127.0.0.1" if topology.loopback else await options.own_address(address, port, spec.wait_seconds)
     )
     return m.Hello(
         node=uuid.uuid4().hex,
@@ -185,4 +181,5 @@ def _hello(spec: JobSpec, address: str, port: int) -> m.Hello:
         job_sha256=spec.digest,
         version=__version__,
         term_seen=0,
+        joins=environment.joins(spec.program),
     )

@@ -27,7 +27,7 @@ def status(
     try:
         found = json.loads((run_dir / WHEREABOUTS).read_text())
         endpoint = f"{found['host']}:{found['port']}"
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise UsageError(f"{run_dir}: no run has been started here") from None
     picture = asyncio.run(fetch_status(endpoint, Secret.load(secret or run_dir / SECRET_NAME)))
     if as_json:

@@ -335,8 +335,7 @@ def _running(turn: Turn) -> None:
         if state.drain is not None and any(not exit.ok for _, exit in state.exits.values()):
             leaving.drained(turn)
         else:
-            step_done = max(exit.step for _, exit in state.exits.values())
-            leaving.close(turn, ExitCode.OK, f"finished{f' after step {step_done}' if step_done >= 0 else ''}")
+            leaving.finished(turn)
     else:
         if state.failed_at and rounds.can_snapshot(turn):
             first = min(state.report(node).first_step for node in state.members)

@@ -230,6 +230,7 @@ class Appended:
     """The record is in the history, durably."""
 
     record: Record
+    digest: str  # of its file
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,8 +346,8 @@ def _wait(state: Appender, cause: str, now: float) -> tuple[Appender, tuple[Acti
 
 def _done(state: Appender, wall: float) -> tuple[Appender, tuple[Action, ...]]:
     assert state.record is not None
-    done = Appended(state.record)
     head = Head(state.record.sequence, digest(state.data))
+    done = Appended(state.record, head.digest)
     state = replace(state, stage=Stage.IDLE, head=head, pending=state.pending[1:], record=None, data=b"")
     state, actions = _next(state, wall)
     return state, (done, *actions)

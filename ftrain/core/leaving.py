@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ftrain.core import commit, journal, rounds
+from ftrain.core import commit, journal, recovery, rounds
 from ftrain.core import messages as m
 from ftrain.core.run_state import Drain, Phase, State, Turn
 from ftrain.errors import ExitCode
@@ -46,12 +46,6 @@ def _worth_waiting(turn: Turn) -> bool:
 
 def _stop_all(turn: Turn) -> None:
     state = turn.state
-    ranks = [rank for node in state.members for rank in state.report(node).ranks]
-    # A run that has committed before is of a script that joins, even if it has not come to that yet.
-    joined = bool(state.history.commits) or (bool(ranks) and all(rank.joined for rank in ranks))
-    if joined and state.drain is not None and not any(state.report(node).looping for node in state.members):
-        # Between its restore and its first step a run holds nothing that is not committed already.
-        turn.set(drain=replace(state.drain, saved=True))
     generation = state.generation
     assert generation is not None
     turn.enter(Phase.STOPPING, turn.now + state.policy.stop_grace_seconds + state.policy.lease_seconds)
@@ -76,13 +70,15 @@ def drained(turn: Turn) -> None:
     drain = state.drain
     assert drain is not None
     nothing_ran = state.phase in (Phase.OPENING, Phase.ADOPTING, Phase.FORMING, Phase.STARTING, Phase.PAUSING)
-    saved = (drain.saved or nothing_ran) and _nothing_lost(state)
+    saved = (drain.saved or nothing_ran or _accounted_for(state)) and _nothing_lost(state, drain)
+    text = recovery.standing(state.history, state.suspects)
+    if saved:
+        text = "the last finished step is committed" if _committed(state) else "no step was finished"
     if drain.why == "SIGINT":
-        text = "interrupted; the last finished step is committed" if saved else "interrupted; the last commit stands"
-        close(turn, ExitCode.INTERRUPTED, text)
+        close(turn, ExitCode.INTERRUPTED, f"interrupted; {text}")
         return
     code = ExitCode.PREEMPTED if saved else ExitCode.PREEMPTED_UNSAVED
-    text = f"left on SIGTERM; the last {'finished step is committed' if saved else 'commit stands'}"
+    text = f"left on SIGTERM; {text}"
     if drain.nodes >= set(state.nodes):
         turn.set(exit_code=int(code), summary=text)
         let_go(turn)
@@ -94,13 +90,41 @@ def drained(turn: Turn) -> None:
     turn.enter(Phase.FORMING)
 
 
-def _nothing_lost(state: State) -> bool:
-    """No rank, as far as its node's newest report goes, has finished a step that is not committed."""
-    reports = [state.reports[name] for name in state.nodes if name in state.reports]
-    steps = [rank.step for report in reports for rank in report.ranks]
-    steps += [exit.step for report in reports for exit in report.exits]
-    committed = state.history.commits[-1][1].attempt.step if state.history.commits else 0
-    return max(steps, default=-1) <= committed
+def _accounted_for(state: State) -> bool:
+    """Of each rank of the generation it is known how far it came, for it has ended."""
+    generation = state.generation
+    return generation is not None and all(
+        len(state.report(member.node).exits) == member.processes for member in generation.members
+    )
+
+
+def _nothing_lost(state: State, drain: Drain) -> bool:
+    """No rank, as far as the newest reports go, has done or will do anything that is not committed."""
+    committed = _committed(state)
+    # A run that has committed before is of a script that joins, even if it has not come to that yet.
+    joins = bool(state.history.commits) or any(node.hello.joins for node in state.nodes.values())
+    reports = [state.reports[name] for name in {*state.nodes, *state.members} if name in state.reports]
+    if not drain.saved and any(rank.step >= 0 for report in reports for rank in report.ranks):
+        return False  # it is in its loop, and may finish a step before it is ended
+    places = [(rank.step, rank.phase) for report in reports for rank in report.ranks]
+    places += [(exit.step, exit.phase) for report in reports for exit in report.exits]
+    return not any(recovery.unsaved(step, phase, committed, joins) for step, phase in places)
+
+
+def _committed(state: State) -> int:
+    """The step of the commit that the run would go on from, 0 for none."""
+    line = recovery.recovery_line(state.history, state.suspects)
+    return line.attempt.step if line is not None else 0
+
+
+def finished(turn: Turn) -> None:
+    """All ranks ended well: the end of the run. A good one only if its last state is committed."""
+    state = turn.state
+    if lost := rounds.lost(state):
+        close(turn, ExitCode.STORAGE, lost)
+        return
+    done = max(exit.step for _, exit in state.exits.values())
+    close(turn, ExitCode.OK, f"finished{f' after step {done}' if done >= 0 else ''}")
 
 
 def close(turn: Turn, code: int, summary: str) -> None:

@@ -103,7 +103,7 @@ class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     looping: bool = False  # every local worker is in its loop: attempts make sense
     first_step: int = -1  # where the loop began
     total_steps: Count = 0  # 0 for endless or unknown
-    at_end: bool = False  # every local worker finished its last step and waits for its snapshot
+    at_end: bool = False  # every local worker finished its last step, and waits or waited for its snapshot
 
 
 # ---------------------------------------------------------------------------------------------- agent -> coordinator
@@ -123,6 +123,7 @@ class Hello(msgspec.Struct, frozen=True, tag="hello", tag_field="kind", forbid_u
     version: Name
     term_seen: Count  # highest coordinator term that this agent has obeyed
     report: Report = Report()
+    joins: bool = False  # its script calls ftrain.join(): until it comes to that, it has done nothing
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat", tag_field="kind", forbid_unknown_fields=True):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ftrain.core import local
+from ftrain.core import local, recovery
 from ftrain.core import messages as m
 from ftrain.core.node_state import (
     Action,
@@ -54,6 +54,7 @@ from ftrain.errors import ExitCode
 
 SLOTS = 2
 SAME_NOTICE_SECONDS = 5.0  # batch systems send SIGTERM twice within seconds, and mean it once
+LEFT_ON = {"SIGTERM": ExitCode.PREEMPTED, "SIGINT": ExitCode.INTERRUPTED}
 UNSAVED_MARGIN_SECONDS = 5.0  # a leaving node waits this much longer than its grace for the coordinator's word
 
 __all__ = [
@@ -181,6 +182,7 @@ def _said(turn: Turn, message: m.FromCoordinator) -> None:
         case m.Abort(attempt=attempt):
             _abort(turn, attempt)
         case m.Committed(attempt=attempt):
+            turn.set(committed=max(state.committed, attempt.step))
             if state.snapshot is not None and state.snapshot.attempt == attempt:
                 turn.set(snapshot=None)
                 if state.alive and all(_is_last(worker, attempt.step) for worker in state.alive):
@@ -230,6 +232,7 @@ def _start(turn: Turn, start: m.Start) -> None:
         workers={rank: Worker(rank, place) for place, rank in enumerate(ranks)},
         snapshot=None,
         attempt_seen=0,
+        committed=start.resume.attempt.step if start.resume is not None else 0,
         filling={},
     )
     turn.do(Fork(start))
@@ -441,9 +444,7 @@ def _signalled(turn: Turn, why: str) -> None:
     if why == state.notice == "SIGTERM" and saving and turn.now - noticed_at < SAME_NOTICE_SECONDS:
         return
     if state.notice or not state.connected:
-        left = ExitCode.PREEMPTED_UNSAVED if state.workers else ExitCode.PREEMPTED
-        code = ExitCode.INTERRUPTED if why == "SIGINT" else left
-        _leave_now(turn, code, f"stopped at once on {why}; the last commit stands")
+        _leave_alone(turn, LEFT_ON[why], f"stopped at once on {why}")
         return
     until = turn.now + state.grace_seconds + UNSAVED_MARGIN_SECONDS
     turn.set(notice=why, notice_until=until)
@@ -457,11 +458,26 @@ def _beat(turn: Turn) -> None:
     turn.send(m.Heartbeat(state.beat + 1, turn.report()))
     _repeat(turn)
     if state.notice and turn.now >= state.notice_until:
-        code = ExitCode.INTERRUPTED if state.notice == "SIGINT" else ExitCode.PREEMPTED_UNSAVED
-        _leave_now(turn, code, "out of time; the last commit stands")
+        _leave_alone(turn, LEFT_ON[state.notice], "out of time")
     elif not state.connected and turn.now - state.lost_at >= state.coordinator_wait_seconds:
         waited = state.coordinator_wait_seconds
-        _leave_now(turn, ExitCode.UNAVAILABLE, f"no coordinator answered for {waited:.0f} s; the last commit stands")
+        _leave_alone(turn, ExitCode.UNAVAILABLE, f"no coordinator answered for {waited:.0f} s")
+
+
+def _leave_alone(turn: Turn, code: ExitCode, summary: str) -> None:
+    """Leave without the coordinator's word."""
+    turn.set(alone=True)
+    _leave_now(turn, code, f"{summary}; the last commit stands" if turn.state.committed else summary)
+
+
+def _exit_code(state: State, leave: m.Leave) -> int:
+    """How a launcher ends that has no worker left. Only now is it known how far those of one that left alone came."""
+    joins = state.hello.joins or bool(state.committed)
+    exits = [worker.exit for worker in state.workers.values() if worker.exit is not None]
+    unsaved = any(recovery.unsaved(exit.step, exit.phase, state.committed, joins) for exit in exits)
+    if state.alone and leave.exit_code == ExitCode.PREEMPTED and unsaved:
+        return int(ExitCode.PREEMPTED_UNSAVED)
+    return leave.exit_code
 
 
 def _leave_now(turn: Turn, code: int, summary: str) -> None:
@@ -478,4 +494,4 @@ def _finish(turn: Turn) -> None:
         turn.do(CancelPersist(attempt))
     turn.send(m.Goodbye(state.leave.summary[:200] or "done"))
     turn.set(over=True)
-    turn.do(Exit(state.leave.exit_code, state.leave.summary))
+    turn.do(Exit(_exit_code(state, state.leave), state.leave.summary))

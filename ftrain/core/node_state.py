@@ -55,6 +55,7 @@ class State(msgspec.Struct, frozen=True):  # not a dataclass: it is replaced man
     workers: Mapping[int, Worker] = {}
     snapshot: Snapshot | None = None
     attempt_seen: int = 0
+    committed: int = 0  # the step of the newest commit that this node has heard of, 0 for none
     # Ranks that may still write the snapshot of a dead attempt: rank -> (that attempt's step, slot).
     filling: Mapping[int, tuple[int, int]] = {}
     writing: Mapping[tuple[m.Attempt, int], int] = {}  # (attempt, rank) -> slot being persisted
@@ -62,6 +63,7 @@ class State(msgspec.Struct, frozen=True):  # not a dataclass: it is replaced man
     notice: str = ""
     notice_until: float = float("inf")
     leave: m.Leave | None = None
+    alone: bool = False  # it leaves without the coordinator's word
     over: bool = False
 
     @property
@@ -325,7 +327,7 @@ def report(state: State, pages: Pages) -> m.Report:
         looping=bool(alive) and len(loops) == len(state.workers),
         first_step=min((loop.step for loop in loops), default=-1),
         total_steps=max((loop.total_steps for loop in loops), default=0),
-        at_end=bool(alive) and all(worker.at_end for worker in workers),
+        at_end=bool(workers) and all(worker.at_end for worker in workers),
     )
 
 
@@ -343,4 +345,5 @@ def hello(state: State, pages: Pages) -> m.Hello:
         version=state.hello.version,
         term_seen=state.term,
         report=report(state, pages),
+        joins=state.hello.joins,
     )

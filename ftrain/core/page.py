@@ -21,12 +21,11 @@ class Field(IntEnum):
     PHASE = 1  # a Phase
     PROGRESS_NS = 2  # CLOCK_MONOTONIC at the last change of step or phase
     COLLECTIVE_SEQ = 3  # collectives entered since the group was made
-    COLLECTIVE_DONE = 4  # collectives that came back
-    COLLECTIVE_KIND = 5  # a Collective
-    SEALED = 6  # number of the newest attempt whose snapshot is complete in its slot
-    FAILED_ATTEMPT = 7  # number of the newest attempt whose snapshot could not be taken
-    STALL_NS = 8  # how long the newest snapshot held the training thread
-    TOTAL_STEPS = 9  # what the loop was asked for; 0 while unknown
+    COLLECTIVE_KIND = 4  # a Collective
+    SEALED = 5  # number of the newest attempt whose snapshot is complete in its slot
+    FAILED_ATTEMPT = 6  # number of the newest attempt whose snapshot could not be taken
+    STALL_NS = 7  # how long the newest snapshot held the training thread
+    TOTAL_STEPS = 8  # what the loop was asked for; 0 while unknown
 
     # Written by the agent. ARMED is stored last: whoever sees it sees the other three.
     ARMED = 32  # the step to snapshot at; 0 for none
@@ -53,7 +52,7 @@ class Phase(IntEnum):
 
 
 class Collective(IntEnum):
-    """Which collective a worker is in, or was in last."""
+    """Which collective a worker entered last. Whether it came back is not told: what is entered may be asynchronous."""
 
     NONE = 0
     ALLREDUCE = 1

@@ -7,9 +7,9 @@ from dataclasses import replace
 from ftrain.core import commit, journal, recovery, schedule
 from ftrain.core import messages as m
 from ftrain.core.commit import Barrier
-from ftrain.core.run_state import Discard, Phase, Publish, Turn
+from ftrain.core.run_state import Discard, Phase, Publish, State, Turn
 
-LAST_TRIES = 4  # to commit the last state, before the run ends without
+LAST_TRIES = 4  # to commit the last state, before the run ends without it
 
 
 def propose(turn: Turn) -> None:
@@ -23,13 +23,11 @@ def propose(turn: Turn) -> None:
     if turn.now < state.cadence.retry_at:
         return
     reports = [state.report(node) for node in state.members]
-    total = reports[0].total_steps
-    done = bool(total and state.history.commits) and state.history.commits[-1][1].attempt.step == total
+    total = _total(state)
+    done = _last_is_committed(state)
     if all(report.at_end for report in reports):
         step, hold = total, False
-        if done or state.cadence.failures >= LAST_TRIES:
-            if not done:
-                turn.log(f"the last state, of step {step}, could not be committed", "error")
+        if done or state.cadence.last_tries >= LAST_TRIES:
             turn.to_members(m.Release(state.term, generation.number))
             turn.set(cadence=replace(state.cadence, retry_at=turn.now + state.policy.heartbeat_seconds))
             return
@@ -116,6 +114,28 @@ def message(turn: Turn, node: str, event: m.ArmReply | m.Sealed | m.Prepared | m
             feed(turn, commit.RankFailed(event.rank, event.cause))
 
 
+def lost(state: State) -> str:
+    """What a run that has come to its end leaves uncommitted, and why, in one line; "" when it leaves nothing."""
+    reports = [state.report(node) for node in state.members]
+    if _last_is_committed(state) or not all(report.at_end for report in reports):
+        return ""  # a script that left its loop before its end, or takes no checkpoints, has no last state
+    why = f": {' '.join(state.cadence.cause.split())}" if state.cadence.cause else ""
+    return (
+        f"finished, but the last state, of step {_total(state)}, could not be committed{why}; "
+        f"{recovery.standing(state.history, state.suspects)}"
+    )
+
+
+def _total(state: State) -> int:
+    """The step that the run's loop ends with, 0 when it is endless or unknown."""
+    return max((state.report(node).total_steps for node in state.members), default=0)
+
+
+def _last_is_committed(state: State) -> bool:
+    line = recovery.recovery_line(state.history, state.suspects)
+    return line is not None and line.attempt.step == _total(state)
+
+
 def undecided(turn: Turn) -> bool:
     """An attempt is under way whose outcome may still be a commit."""
     barrier = turn.state.barrier
@@ -151,11 +171,12 @@ def _committed(turn: Turn, barrier: Barrier) -> None:
 
 def _aborted(turn: Turn, barrier: Barrier) -> None:
     state = turn.state
-    cadence = state.cadence
-    refused = barrier.refused_step >= 0
-    cadence = (
-        schedule.after_refusal(cadence, barrier.refused_step) if refused else schedule.after_failure(cadence, turn.now)
-    )
+    last = barrier.attempt.step == _total(state)
+    refused = barrier.refused_step >= 0 and not last  # after the last step there is no later one to try
+    if refused:
+        cadence = schedule.after_refusal(state.cadence, barrier.refused_step)
+    else:
+        cadence = schedule.after_failure(state.cadence, turn.now, barrier.cause, last)
     turn.set(barrier=None, cadence=cadence)
     turn.to_members(m.Abort(state.term, barrier.attempt, barrier.cause))
     if barrier.hold and barrier.accepted != barrier.nodes:  # else they were told to leave, and that stands
@@ -163,4 +184,5 @@ def _aborted(turn: Turn, barrier: Barrier) -> None:
     turn.do(Discard(barrier.attempt))
     if not refused and state.phase is Phase.RUNNING:
         step = barrier.attempt.step
-        turn.log(f"checkpoint of step {step} given up: {barrier.cause}; the last commit stands", "warning")
+        stands = recovery.standing(state.history, state.suspects)
+        turn.log(f"checkpoint of step {step} given up: {barrier.cause}; {stands}", "warning")

@@ -276,10 +276,8 @@ class Turn:
             match action:
                 case journal.Create() | journal.Read():
                     self.do(Store(action))
-                case journal.Appended(record):
-                    # The chain was continued by this very machine: its digest is the next record's `previous`.
-                    encoded = journal.digest(journal.encode(record))
-                    self.set(history=self.state.history.after(record, encoded))
+                case journal.Appended(record, digest):
+                    self.set(history=self.state.history.after(record, digest))
                     done.append(record)
                 case journal.Stalled(path, cause, _):
                     self.log(f"the journal cannot be written ({path}): {cause}; trying again", "warning")

@@ -35,7 +35,9 @@ class Cadence:
     retry_at: float = 0.0  # no proposal of any kind before: the last one failed
     beyond: int = 0  # the next step must be greater
     lookahead: int = 2
-    failures: int = 0  # storage failures in a row
+    failures: int = 0  # failed attempts in a row
+    last_tries: int = 0  # those of the run's last step
+    cause: str = ""  # why the newest of them failed
 
 
 def next_step(policy: CheckpointPolicy, cadence: Cadence, furthest: int, total: int) -> int | None:
@@ -57,9 +59,17 @@ def after_refusal(cadence: Cadence, furthest: int) -> Cadence:
     return replace(cadence, beyond=max(cadence.beyond, furthest), lookahead=lookahead)
 
 
-def after_failure(cadence: Cadence, now: float) -> Cadence:
-    pause = FAILED_PAUSES_SECONDS[min(cadence.failures, len(FAILED_PAUSES_SECONDS) - 1)]
-    return replace(cadence, failures=cadence.failures + 1, retry_at=now + pause)
+def after_failure(cadence: Cadence, now: float, cause: str, last: bool = False) -> Cadence:
+    """`last`: it was to save the run's last step. These are paused for as if nothing had failed before."""
+    before = cadence.last_tries if last else cadence.failures
+    pause = FAILED_PAUSES_SECONDS[min(before, len(FAILED_PAUSES_SECONDS) - 1)]
+    return replace(
+        cadence,
+        failures=cadence.failures + 1,
+        last_tries=cadence.last_tries + last,
+        cause=cause,
+        retry_at=now + pause,
+    )
 
 
 def after_commit(policy: CheckpointPolicy, cadence: Cadence, step: int, now: float) -> Cadence:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -40,6 +40,11 @@ class Ranges:
         self.offsets.append(offset)
         self.sizes.append(nbytes)
         self.addresses.append(address)
+
+    def only(self, places: Sequence[int]) -> Ranges:
+        """Some of the ranges, of the same paths."""
+        columns = (self.files, self.sums, self.offsets, self.sizes, self.addresses)
+        return Ranges(self.paths, *(array("Q", [column[place] for place in places]) for column in columns))
 
     def __len__(self) -> int:
         return len(self.files)

@@ -12,6 +12,7 @@ import errno
 import os
 import shutil
 import uuid
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -264,14 +265,10 @@ def _open_to_read(path: Path) -> tuple[int, bool]:
 
 def _of_files(ranges: Ranges, first: int, end: int) -> tuple[Ranges, list[int]]:
     """The ranges of some of the files, and their places among all."""
-    part, places = Ranges(ranges.paths[first:end]), []
-    for place, file in enumerate(ranges.files):
-        if first <= file < end:
-            places.append(place)
-            part.add(
-                file - first, ranges.sums[place], ranges.offsets[place], ranges.sizes[place], ranges.addresses[place]
-            )
-    return part, places
+    places = [place for place, file in enumerate(ranges.files) if first <= file < end]
+    part = ranges.only(places)
+    files = array("Q", [file - first for file in part.files])
+    return Ranges(ranges.paths[first:end], files, part.sums, part.offsets, part.sizes, part.addresses), places
 
 
 def _link(temporary: Path, target: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import sys
@@ -20,8 +21,10 @@ from ftrain.checkpoint.items import TensorItem
 from ftrain.checkpoint.restore import Checkpoint
 from ftrain.checkpoint.tracked import Tracked
 from ftrain.core import local
+from ftrain.core.manifest import decode_index
+from ftrain.core.messages import Attempt
 from ftrain.core.page import Field, Phase
-from ftrain.errors import UsageError
+from ftrain.errors import CorruptCheckpoint, UsageError
 from ftrain.storage import open_storage
 from ftrain.worker import process_group, random_state
 from ftrain.worker.data import Batches
@@ -135,6 +138,7 @@ class Run:
         if resume is None:
             return 0
         checkpoint = Checkpoint.open(open_storage(self._link.boot.run_dir), resume.attempt.path, resume.manifest_sha256)
+        self._hold_arena(checkpoint, resume.attempt)
         source = self.rank if self.rank < checkpoint.world_size else 0
         self._tracked.restore(checkpoint, self.rank, source)
         plain: Any = checkpoint.plain(source)
@@ -149,6 +153,16 @@ class Run:
         if source != self.rank:
             random_state.diverge(self.rank)
         return resume.attempt.step
+
+    def _hold_arena(self, checkpoint: Checkpoint, attempt: Attempt) -> None:
+        """Let the checkpoint take from memory what an earlier process of this node sealed there for it."""
+        assert self._link is not None
+        arena = self._link.arena
+        for slot in range(arena.slots):
+            with contextlib.suppress(CorruptCheckpoint):  # then it is read from storage
+                sealed = decode_index(arena.read_index(slot), f"slot {slot} of the arena", sealed=True)
+                if sealed.attempt == attempt and sealed.world_size == checkpoint.world_size:
+                    checkpoint.hold(sealed.rank, sealed, arena.image(slot))
 
     def _capture(self) -> tuple[list[TensorItem], dict[str, object]]:
         """Everything tracked, at this boundary."""

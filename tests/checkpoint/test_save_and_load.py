@@ -20,6 +20,7 @@ from ftrain.checkpoint.items import TensorItem, item_of
 from ftrain.checkpoint.publish import publish
 from ftrain.checkpoint.restore import Checkpoint, TensorInfo
 from ftrain.core.layout import ITEM_BYTES, Mesh, TensorSpec
+from ftrain.core.manifest import decode_index
 from ftrain.core.messages import Attempt, PackRecord
 from ftrain.errors import CheckpointNotFound, CorruptCheckpoint, MismatchedState, StorageError
 from ftrain.storage import PosixStorage
@@ -347,3 +348,43 @@ def test_packs_that_do_not_cover_a_tensor_are_not_published(storage: PosixStorag
         packs = world.persist(storage, ATTEMPT)
     with pytest.raises(CorruptCheckpoint, match="w is not covered exactly once: 2 of 4"):
         publish(storage, ATTEMPT, 2, packs, "me")
+
+
+def test_what_the_arena_still_holds_is_restored_from_there_and_the_rest_from_storage(storage: PosixStorage) -> None:
+    tensors = {"w": (torch.randn(300, 100), ("S0",)), "r": (torch.randn(5000), ("R",)), "e": (torch.ones(0, 3), ("R",))}
+    with World(2) as world:
+        world.plan(placed(tensors, line(2)))
+        world.take(ATTEMPT, placed(tensors, line(2)))
+        publish(storage, ATTEMPT, 2, world.persist(storage, ATTEMPT), "me")
+        arena = world.arenas[0]
+        sealed = decode_index(arena.read_index(0), "slot", sealed=True)
+        pack = Path(storage.url, ATTEMPT.path, "packs/00000/c/0")
+        whole = pack.read_bytes()
+        pack.write_bytes(bytes(len(whole)))  # so that it shows where the bytes came from
+
+        def opened() -> Checkpoint:
+            checkpoint = Checkpoint.open(storage, ATTEMPT.path)
+            assert checkpoint.hold(0, sealed, arena.image(0))
+            assert not checkpoint.hold(1, sealed, arena.image(0))
+            return checkpoint
+
+        for size, placements in ((2, "S0"), (1, "S0"), (3, "S1")):
+            into = placed({"w": (tensors["w"][0], (placements,)), **{key: tensors[key] for key in "re"}}, line(size))
+            for rank in range(size):
+                wanted, items = into(rank), into(rank)
+                for item in items:
+                    item.local.zero_()
+                opened().read_into(items, rank)
+                assert [bits(item.local) for item in items] == [bits(item.local) for item in wanted]
+        first = sealed.boxes[0]
+        arena.view(0, first.offset, 1)[0] ^= 1  # damaged in memory: storage is asked
+        pack.write_bytes(whole)
+        items = placed(tensors, line(2))(0)
+        wanted = [bits(item.local) for item in items]
+        for item in items:
+            item.local.zero_()
+        opened().read_into(items, 0)
+        assert [bits(item.local) for item in items] == wanted
+        pack.write_bytes(bytes(len(whole)))
+        with pytest.raises(CorruptCheckpoint, match=f"tensor {first.key}, saved by rank 0"):
+            opened().read_into(items, 0)

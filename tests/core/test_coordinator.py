@@ -2,154 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 
-from ftrain.core import coordinator, journal, run_state
+from ftrain.core import journal, run_state
 from ftrain.core import messages as m
-from ftrain.core.journal import History, Outcome
-from ftrain.core.membership import FormationPolicy
-from ftrain.core.run_state import Disconnected, Phase, Received, RunPolicy, Stored
-from ftrain.core.schedule import CheckpointPolicy
+from ftrain.core.journal import Outcome
+from ftrain.core.run_state import Disconnected, Phase, Received, Stored
 from ftrain.errors import ExitCode
-
-NODES = ("a", "b")
-POLICY = RunPolicy(
-    "run", "1", FormationPolicy(2, 2), checkpoint=CheckpointPolicy(every_steps=10, every_seconds=0.0, keep=1),
-    lease_seconds=10.0, stop_grace_seconds=3.0,
-)  # fmt: skip
-
-
-class Scene:
-    """A coordinator with two nodes of one rank each, and storage that does what it is told to, in order."""
-
-    def __init__(self, policy: RunPolicy = POLICY, history: History | None = None, writer: str = "c1") -> None:
-        self.state = coordinator.initial(policy, history or History(), writer)
-        self.now = 100.0
-        self.requests: list[journal.Create | journal.Read] = []
-        self.versions = dict.fromkeys(NODES, 0)
-        self.log: list[str] = []
-
-    def do(self, event: run_state.Event) -> list[str]:
-        """Feed one event; returns a transcript of the actions."""
-        self.state, actions = coordinator.step(self.state, event, self.now, self.now)
-        lines = [line for line in map(self._line, actions) if line]
-        self.log += lines
-        return lines
-
-    def _line(self, action: run_state.Action) -> str:
-        match action:
-            case run_state.Send(node, message):
-                return f"{node} <- {describe(message)}"
-            case run_state.Store(request):
-                self.requests.append(request)
-                if isinstance(request, journal.Read):
-                    return "read"
-                return f"append {describe(journal.decode(request.data, request.path).body)}"
-            case run_state.Publish(attempt):
-                return f"publish {attempt.step}"
-            case run_state.Discard(attempt):
-                return f"discard {attempt.step}.{attempt.number}"
-            case run_state.Interrupted(failure, _, furthest, resumes_at):
-                return f"interrupted at {furthest}, back to {resumes_at}: {failure.summary}"
-            case run_state.Exit(code, _):
-                return f"exit {code}"
-        return ""
-
-    def stored(self, outcome: Outcome = Outcome.CREATED) -> list[str]:
-        """Storage answers the oldest create."""
-        return self.do(Stored(journal.Created(self.requests.pop(0).path, outcome)))
-
-    def wait(self, seconds: float) -> list[str]:
-        self.now += seconds
-        return self.do(run_state.Tick())
-
-    def hello(self, node: str, report: m.Report | None = None, life: str = "", term_seen: int = 0) -> list[str]:
-        rank = NODES.index(node)
-        return self.do(
-            Received(
-                node + life,
-                m.Hello(node + life, rank, 1, "10.0.0.1", node, 1, "run", "job", "1", term_seen, report or m.Report()),
-            )
-        )
-
-    def report(self, node: str, **fields: object) -> list[str]:
-        """The node reports; a fresh version each time."""
-        self.versions[node] += 1
-        base = m.Report(version=self.versions[node], generation=self.state.number, stopped=False)
-        return self.do(Received(node, m.Changed(msgspec.structs.replace(base, **fields))))
-
-    def steps(self, node: str, step: int, **fields: object) -> list[str]:
-        """The node's worker is in its loop and has finished so many steps."""
-        rank = m.RunningRank(NODES.index(node), 0, 7, step, 3, joined=True)
-        return self.report(node, ranks=(rank,), looping=True, first_step=0, **fields)
-
-    def died(
-        self, node: str, signal: int = 9, code: int = 0, ordered: bool = False, step: int = 12, **fields: Any
-    ) -> list[str]:
-        exit = m.RankExit(NODES.index(node), 0, 7, code, signal, step, unix_seconds=self.now, ordered=ordered)
-        return self.report(node, exits=(exit,), **fields)
-
-    def say(self, node: str, message: m.FromAgent) -> list[str]:
-        return self.do(Received(node, message))
-
-    def running(self) -> Scene:
-        """As far as generation 1 with both workers in their loops."""
-        self.do(run_state.Begin())
-        self.hello("a")
-        self.hello("b")
-        self.stored()
-        self.stored()
-        self.say("a", m.StoreReady(self.state.number, "10.0.0.1", 29400))
-        self.steps("a", 0)
-        self.steps("b", 0)
-        return self
-
-    def armed(self) -> m.Attempt:
-        """Both nodes accept the attempt under way."""
-        assert self.state.barrier is not None
-        attempt = self.state.barrier.attempt
-        for node in NODES:
-            self.say(node, m.ArmReply(attempt, True))
-        return attempt
-
-    def prepared(self) -> m.Attempt:
-        attempt = self.armed()
-        for rank, node in enumerate(NODES):
-            self.say(node, m.Prepared(attempt, m.PackRecord(rank, f"packs/{rank}", "", "0" * 64, 1, 1, 1)))
-        return attempt
-
-    def committed(self) -> m.Attempt:
-        attempt = self.prepared()
-        self.do(run_state.Published(attempt, "f" * 64))
-        self.stored()
-        return attempt
-
-
-def describe(message: object) -> str:
-    match message:
-        case m.Arm(attempt=attempt, hold=hold):
-            return f"Arm {attempt.step}.{attempt.number}{' hold' if hold else ''}"
-        case m.Abort(attempt=attempt) | m.Committed(attempt=attempt):
-            return f"{type(message).__name__} {attempt.step}.{attempt.number}"
-        case m.Verdict(leave=leave):
-            return f"Verdict {'leave' if leave else 'go on'}"
-        case m.Start(generation=generation) | m.Stop(generation=generation) | m.Prepare(generation=generation):
-            return f"{type(message).__name__} {generation}"
-        case m.Leave(exit_code=code) | m.Declined(exit_code=code):
-            return f"{type(message).__name__} {int(code)}"
-    return (
-        type(message).__name__.removesuffix("Body").lower()
-        if "Body" in type(message).__name__
-        else type(message).__name__
-    )
-
-
-def successor(scene: Scene, writer: str = "c2") -> Scene:
-    """Another coordinator that has read the same journal."""
-    return Scene(history=scene.state.history, writer=writer)
-
+from tests.core.scene import NODES, Scene, successor
 
 # ------------------------------------------------------------------------------------------------------------- launch
 
@@ -362,57 +222,6 @@ def test_manifest_that_cannot_be_written_aborts_and_pauses() -> None:
     lines = scene.do(run_state.Published(attempt, "", "disk full"))
     assert lines == ["a <- Abort 10.1", "b <- Abort 10.1", "discard 10.1"]
     assert scene.wait(1.0) == ["a <- Arm 10.2", "b <- Arm 10.2"]
-
-
-# ------------------------------------------------------------------------------------------------------------- leaving
-
-
-def test_preempted_run_saves_its_last_step_and_leaves() -> None:
-    scene = Scene().running()
-    lines = [*scene.say("a", m.Notice("SIGTERM", 25.0)), *scene.say("b", m.Notice("SIGTERM", 25.0))]
-    assert [line for line in lines if "Arm" in line] == ["a <- Arm 2.2 hold", "b <- Arm 2.2 hold"]
-    attempt = scene.armed()
-    assert scene.log[-2:] == ["a <- Verdict leave", "b <- Verdict leave"]
-    for rank, node in enumerate(NODES):
-        scene.say(node, m.Sealed(attempt, rank))
-        scene.died(node, signal=0, code=int(ExitCode.PREEMPTED), step=2)
-        scene.say(node, m.Prepared(attempt, m.PackRecord(rank, f"packs/{rank}", "", "0" * 64, 1, 1, 1)))
-    scene.do(run_state.Published(attempt, "f" * 64))
-    lines = scene.stored()
-    assert lines[-2:] == ["a <- Leave 75", "b <- Leave 75"]
-
-
-def test_notice_before_the_history_is_ours_decides_nothing_about_the_others() -> None:
-    second = successor(Scene().running())
-    second.do(run_state.Begin())
-    second.hello("a")
-    second.hello("b")
-    assert second.say("b", m.Notice("SIGTERM", 25.0)) == []
-    assert second.state.term == 0
-    assert second.stored()[:3] == ["a <- Welcome", "b <- Welcome", "b <- Leave 75"]
-    assert second.state.phase is Phase.FORMING
-
-
-def test_finished_run_is_recorded_before_the_nodes_are_let_go() -> None:
-    scene = Scene().running()
-    for node in NODES:
-        scene.steps(node, 10, total_steps=10, at_end=True)
-    scene.committed()
-    assert scene.log[-2:] == ["a <- Release", "b <- Release"]
-    scene.died("a", signal=0)
-    assert scene.died("b", signal=0) == ["append finish"]
-    assert scene.stored() == ["a <- Leave 0", "b <- Leave 0"]
-    scene.do(Disconnected("a"))
-    assert scene.do(Disconnected("b")) == ["exit 0"]
-
-
-def test_lost_release_is_said_again_to_who_still_waits() -> None:
-    scene = Scene().running()
-    for node in NODES:
-        scene.steps(node, 10, total_steps=10, at_end=True)
-    scene.committed()
-    scene.died("a", signal=0)
-    assert scene.steps("b", 10, total_steps=10, at_end=True) == ["b <- Release"]
 
 
 def test_same_error_twice_gives_up_and_says_so() -> None:

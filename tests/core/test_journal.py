@@ -44,6 +44,14 @@ def test_record_that_storage_took_is_appended() -> None:
     assert state.head == Head(1, journal.digest(create.data))
 
 
+def test_record_that_is_appended_comes_with_the_digest_of_its_file() -> None:
+    state, (create,) = play(appender(), journal.Append(RUN))
+    assert isinstance(create, journal.Create)
+    state, (appended,) = play(state, journal.Created(create.path, Outcome.CREATED))
+    assert isinstance(appended, journal.Appended)
+    assert appended.digest == journal.digest(create.data) == state.head.digest
+
+
 def test_records_are_written_one_at_a_time_each_naming_its_predecessor() -> None:
     state, create = creating()
     state, asked = play(state, journal.Append(COMMIT))

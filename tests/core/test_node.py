@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import msgspec
+import pytest
+
 from ftrain.core import local, node
 from ftrain.core import messages as m
 from ftrain.core.page import Phase
@@ -54,8 +57,13 @@ class Scene:
         self.do(node.Armed(ATTEMPT, True, 4))
         return self
 
-    def exited(self, rank: int, signal: int = 9, code: int = 0) -> list[str]:
-        return self.do(node.WorkerExited(m.RankExit(rank, rank - 2, 100 + rank, code, signal)))
+    def exited(self, rank: int, signal: int = 9, code: int = 0, step: int = 0, phase: Phase = Phase.STEP) -> list[str]:
+        return self.do(node.WorkerExited(m.RankExit(rank, rank - 2, 100 + rank, code, signal, step, int(phase))))
+
+    @property
+    def summary(self) -> str:
+        assert self.state.leave is not None
+        return self.state.leave.summary
 
 
 def start(generation: int, term: int = 1) -> m.Start:
@@ -207,8 +215,34 @@ def test_first_signal_is_passed_on_and_the_second_ends_at_once() -> None:
     assert scene.do(node.Signalled("SIGTERM")) == []  # the same one, sent to the whole group
     scene.now += 5.0
     assert scene.do(node.Signalled("SIGTERM")) == ["kill 0"]
-    scene.exited(2)
+    scene.exited(2, step=1)
     assert scene.exited(3)[-1] == f"exit {int(ExitCode.PREEMPTED_UNSAVED)}"
+
+
+@pytest.mark.parametrize(("step", "code"), [(10, 75), (11, 76)])
+def test_node_that_leaves_alone_lost_only_what_it_finished_after_the_commit(step: int, code: int) -> None:
+    scene = Scene().looping()
+    scene.say(m.Committed(1, ATTEMPT))
+    scene.do(node.Disconnected(), node.Signalled("SIGTERM"))
+    # Until it is dead a worker goes on.
+    scene.exited(2, step=10)
+    assert scene.exited(3, step=step)[-1] == f"exit {code}"
+    assert scene.summary == "stopped at once on SIGTERM; the last commit stands"
+
+
+@pytest.mark.parametrize(("joins", "code"), [(True, 75), (False, 76)])
+def test_node_that_leaves_before_its_script_has_joined_lost_nothing_if_it_is_one_that_does(
+    joins: bool, code: int
+) -> None:
+    scene = Scene()
+    scene.state = node.State(msgspec.structs.replace(HELLO, joins=joins))
+    scene.connected().say(start(1))
+    for rank in (2, 3):
+        scene.do(node.Forked(rank, 100 + rank))
+    scene.do(node.Disconnected(), node.Signalled("SIGTERM"))
+    scene.exited(2, step=-1, phase=Phase.BOOT)
+    assert scene.exited(3, step=-1, phase=Phase.BOOT)[-1] == f"exit {code}"
+    assert scene.summary == "stopped at once on SIGTERM"  # of a commit it has not heard
 
 
 def test_notice_is_given_again_to_the_next_coordinator() -> None:
@@ -224,6 +258,7 @@ def test_training_goes_on_without_a_coordinator_but_not_for_ever() -> None:
     assert scene.do(node.Beat()) == []
     scene.now = 600.0
     assert scene.do(node.Beat()) == ["kill 0"]
+    assert scene.summary == "no coordinator answered for 600 s"
 
 
 def test_exception_of_a_worker_is_its_own_even_when_it_was_told_to_stop() -> None:

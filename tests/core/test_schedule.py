@@ -45,7 +45,7 @@ def test_last_step_is_always_worth_a_commit() -> None:
 def test_failures_pause_longer_and_longer() -> None:
     cadence, pauses = Cadence(), []
     for _ in range(5):
-        cadence = schedule.after_failure(cadence, now=100.0)
+        cadence = schedule.after_failure(cadence, 100.0, "disk full")
         pauses.append(cadence.retry_at - 100.0)
     assert pauses == [1.0, 5.0, 20.0, 60.0, 60.0]
 

@@ -66,6 +66,28 @@ def test_killed_coordinator_comes_back_and_adopts_the_running_generation(cluster
     assert all(node.text.count("pid") == 1 for node in nodes), "a worker was started twice"
 
 
+def test_stranger_in_the_place_of_a_coordinator_that_died_does_not_end_the_training(cluster: Cluster) -> None:
+    command, flags = start(cluster)
+    first = cluster.start(command)
+    first.says("serving run")
+    nodes = [cluster.launch(*flags, "--node-rank", rank, cluster.script(TRAIN)) for rank in (0, 1)]
+    wait_for(lambda: status(cluster)["commits"], "the first commit")
+    first.process.kill()
+    first.wait()
+    secret = cluster.path / "other.pem"
+    subprocess.run([*FTRAIN, "secret", str(secret)], check=True, capture_output=True)
+    others = {str(cluster.path / "secret.pem"): str(secret), str(cluster.path / "run"): str(cluster.path / "other")}
+    stranger = cluster.start([others.get(word, word) for word in command])
+    for node in nodes:
+        node.says("waiting for the coordinator: ")
+        node.says("does not hold this run's secret")
+    stranger.process.kill()
+    stranger.wait()
+    second = cluster.start(command)
+    assert [node.wait() for node in nodes] == [0, 0], nodes[0].text + nodes[1].text
+    assert second.wait() == ExitCode.OK
+
+
 def test_stopped_coordinator_ends_with_75_and_leaves_the_training_alone(cluster: Cluster) -> None:
     command, flags = start(cluster)
     first = cluster.start(command)

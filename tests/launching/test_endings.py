@@ -47,6 +47,17 @@ def test_sigterm_to_a_script_that_never_joined_ends_with_76(cluster: Cluster) ->
     assert cluster.nothing_left()
 
 
+def test_sigterm_while_the_command_itself_is_imported_ends_with_75(cluster: Cluster) -> None:
+    cluster.script("import time; print('importing', flush=True); time.sleep(600)", "typer.py")
+    launcher = cluster.launch(cluster.script("print('never')"), environment={"PYTHONPATH": str(cluster.path)})
+    launcher.says("importing")
+    launcher.process.send_signal(signal.SIGTERM)
+    assert launcher.wait() == ExitCode.PREEMPTED, launcher.text
+    assert "left on SIGTERM before anything was started" in launcher.text
+    assert "Traceback" not in launcher.text
+    assert cluster.nothing_left()
+
+
 def test_second_signal_does_not_wait_for_a_script_that_ignores_the_first(cluster: Cluster) -> None:
     script = cluster.script("import signal, time; signal.signal(15, 1); print('deaf'); time.sleep(600)")
     launcher = cluster.launch(script)

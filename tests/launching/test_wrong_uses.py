@@ -44,6 +44,7 @@ FLAGS = [
     ("--run-dir s3://bucket/run", "only directories are supported"),
     ("--nnodes 2", "--nnodes 2: several nodes need --rdzv-endpoint HOST:PORT of node 0"),
     ("--nnodes 2 --rdzv-endpoint a:b", "--rdzv-endpoint a:b: give HOST:PORT"),
+    ("--nnodes 2 --rdzv-endpoint a..b:1", "--rdzv-endpoint a..b:1: give HOST:PORT"),
     ("--nnodes 2 --rdzv-endpoint a:70000", "--rdzv-endpoint a:70000: ports go from 1 to 65535"),
     ("--nnodes 2 --rdzv-endpoint 127.0.0.1", "several nodes need --run-dir DIR, the same on each"),
     ("--nnodes 2 --node-rank 2 --rdzv-endpoint 127.0.0.1", "--node-rank 2: ranks of 2 nodes go from 0 to 1"),
@@ -171,7 +172,9 @@ def test_port_that_something_else_has_ends_with_69(shared: Cluster) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         launcher = node(shared, 0, port, "script.py")
-        ended(launcher, UNAVAILABLE, f"Cannot listen on 127.0.0.1 port {port}: another process has it")
+        cause = f"Cannot listen on 127.0.0.1 port {port}: another process has it."
+        ended(launcher, UNAVAILABLE, f"looking for a coordinator there: {cause}")
+        assert f"no coordinator answered for 3 s. {cause}" in launcher.text.splitlines()[-1]
 
 
 def test_other_secret_ends_with_77(shared: Cluster) -> None:

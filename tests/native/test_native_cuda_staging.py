@@ -357,10 +357,11 @@ def test_null_addresses_and_ranges_of_nothing_are_refused(gpu: Gpu) -> None:
     empty.wait()
 
 
-def test_digest_of_device_memory_is_that_of_the_same_bytes_on_the_host(gpu: Gpu) -> None:
+@pytest.mark.parametrize("seed", SEEDS)
+def test_digest_of_device_memory_is_that_of_the_same_bytes_on_the_host(gpu: Gpu, seed: int) -> None:
     stager = make_stager(gpu)
-    image, compute = Image(gpu, seed=6, sizes=[0, 1, 7, 8, 9, 64, 100_003, 500_000]), gpu.stream()
-    content = image.compute(compute, 6)
+    image, compute = Image(gpu, seed, sizes=[0, 1, 7, 8, 9, 64, 100_003, 500_000]), gpu.stream()
+    content = image.compute(compute, seed)
     buffer = ctypes.create_string_buffer(content, len(content))
     start = ctypes.addressof(buffer)
     ranges = [(device, nbytes) for _, device, nbytes in image.copies]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ftrain.errors import ExitCode
-from tests.launching.harness import Cluster, wait_for
+from tests.launching.harness import PATIENCE_SECONDS, Cluster, wait_for
 from tests.recovery.account import STEPS, Job, launch
 
 DISK_BYTES = 4 << 20
@@ -72,7 +72,7 @@ def test_last_state_that_cannot_be_committed_ends_with_74_and_the_same_command_m
     checkpoints, aside = job.run_dir / "checkpoints", job.run_dir / "aside"
     checkpoints.rename(aside)
     checkpoints.touch()  # whatever is to be written below it cannot be
-    assert launcher.wait() == ExitCode.STORAGE, launcher.text
+    assert launcher.wait(4 * PATIENCE_SECONDS) == ExitCode.STORAGE, launcher.text  # its tries have pauses between them
     assert job.done() == STEPS  # the training itself was well
     assert len(job.end()) == 2
     stands = job.commits()[-1]

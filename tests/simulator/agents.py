@@ -31,7 +31,17 @@ class Agent:
         self.events: list[node.Event] = []
         self.busy = False
         hello = m.Hello(
-            name, place, processes, f"10.0.0.{place}", f"host{place}", 1, world.plan.policy.run_id, "job", "0", 0
+            name,
+            place,
+            processes,
+            f"10.0.0.{place}",
+            f"host{place}",
+            1,
+            world.plan.policy.run_id,
+            "job",
+            "0",
+            0,
+            joins=world.plan.joins,
         )
         self.state = node.State(hello, grace_seconds=6.0, coordinator_wait_seconds=90.0, lost_at=world.now)
         world.after(world.uniform(0.0, 0.3), self._connect)

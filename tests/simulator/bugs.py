@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import msgspec
 
-from ftrain.core import commit, coordinator, journal, node, recovery, rounds, run_state
+from ftrain.core import commit, coordinator, journal, leaving, node, recovery, rounds, run_state
 
 if TYPE_CHECKING:
     from tests.simulator.world import World
@@ -191,6 +191,20 @@ def _sweep_of_the_newest_generation(_: ExitStack) -> Prepare:
     return prepare
 
 
+def _lost_last_state_is_success(stack: ExitStack) -> None:
+    """All ranks ended well: so the run did."""
+    stack.enter_context(patch.object(rounds, "lost", lambda _state: ""))
+
+
+def _unsaved_steps_said_saved(stack: ExitStack) -> None:
+    """All ranks have ended, so nothing more can be lost."""
+    stack.enter_context(patch.object(leaving, "_nothing_lost", lambda _state, _drain: True))
+
+
+def _unsaved_steps_said_saved_alone(stack: ExitStack) -> None:
+    stack.enter_context(patch.object(node, "_exit_code", lambda _state, leave: leave.exit_code))
+
+
 # Where a hunt for a bug that shows seldom aims a fault: the act of a coordinator, and what strikes right after it.
 AIMS = {
     "attempt-numbers-used-again": ("arm", "pause coordinator"),
@@ -216,4 +230,7 @@ BUGS: dict[str, Callable[[ExitStack], Prepare | None]] = {
     "read-back-not-synced": _read_back_not_synced,
     "create-not-exclusive": _create_not_exclusive,
     "sweep-of-the-newest-generation": _sweep_of_the_newest_generation,
+    "lost-last-state-is-success": _lost_last_state_is_success,
+    "unsaved-steps-said-saved": _unsaved_steps_said_saved,
+    "unsaved-steps-said-saved-alone": _unsaved_steps_said_saved_alone,
 }

@@ -38,7 +38,6 @@ class Truth:
         self.last_step = 0  # of the newest commit that is not damaged
         self.born: dict[tuple[int, int], int] = {}  # (generation, rank) -> pid
         self.attempts: set[m.Attempt] = set()
-        self.may_end_unsaved = False
         self.acted_upon = 0  # the newest record that a coordinator took for durable
 
     # -------------------------------------------------------------------------------------------------- the journal
@@ -173,8 +172,6 @@ class Truth:
                 case run_state.Discard(attempt):
                     if self._committed(attempt):
                         raise Violation(f"{who.name} discards {attempt}, which is committed and not retired")
-                case run_state.Log(text) if "could not be committed" in text:
-                    self.may_end_unsaved = True  # it tried as often as it had to, and said so
                 case run_state.Publish(attempt):
                     self.attempts.add(attempt)
                 case run_state.Exit(_, summary):
@@ -215,11 +212,7 @@ class Truth:
         alive = [worker.rank for worker in who.workers.values() if worker.alive]
         if alive:
             raise Violation(f"{who.name} ends though its ranks {alive} are alive")
-        left = [
-            exit.step
-            for exit in (known.exit for known in who.state.workers.values())
-            if exit and exit.code == ExitCode.PREEMPTED
-        ]
+        left = [worker.page.step for worker in who.workers.values()]
         newest = max((body.attempt.step for _, body in self.history.commits), default=0)
         assert who.exit is not None
         if who.exit.code == ExitCode.PREEMPTED and max(left, default=0) > newest:
@@ -251,11 +244,11 @@ class Truth:
         return ""
 
     def ended(self) -> None:
-        """The run was recorded as finished by itself: its last state must be committed."""
+        """The run was recorded as finished well: its last state must be committed."""
         finish = self.history.finish
         plan = self.world.plan
         if finish is None or finish.exit_code != 0 or not plan.joins:
             return
         newest = max((body.attempt.step for _, body in self.history.commits), default=0)
-        if plan.total_steps and newest != plan.total_steps and not self.may_end_unsaved:
+        if plan.total_steps and newest != plan.total_steps:
             raise Violation(f"the run ended well, but its newest commit is of step {newest}")
