@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from ftrain.checkpoint.garbage import no_collection
 from ftrain.checkpoint.pack_plan import PackPlan
 from ftrain.checkpoint.peers import Peers
 from ftrain.core import plain as plain_data
@@ -65,7 +66,8 @@ class Plans:
         if known is not None and known.digests == digests:
             return known
         self._last = None
-        self._last = Agreed(specs, everybody, digests, peers.rank)
+        with no_collection():
+            self._last = Agreed(specs, everybody, digests, peers.rank)
         return self._last
 
 

@@ -17,14 +17,17 @@ def lies_in_host_memory(tensor: torch.Tensor) -> bool:
 
 def all_in_host_memory(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The tensors themselves where they lie in host memory as they are to be written; copies of the others."""
-    if (
+    return list(tensors) if all_lie_in_host_memory(tensors) else [in_host_memory(tensor) for tensor in tensors]
+
+
+def all_lie_in_host_memory(tensors: Sequence[torch.Tensor]) -> bool:
+    """As `lies_in_host_memory` for each, quicker for thousands."""
+    return (
         all(map(_is_cpu, tensors))
         and all(map(torch.Tensor.is_contiguous, tensors))
         and not any(map(torch.Tensor.is_conj, tensors))
         and not any(map(torch.Tensor.is_neg, tensors))
-    ):
-        return list(tensors)
-    return [in_host_memory(tensor) for tensor in tensors]
+    )
 
 
 def in_host_memory(tensor: torch.Tensor) -> torch.Tensor:

@@ -41,6 +41,7 @@ class _Alike:
     """The tensors of the last long list: usually the next one has tensors of the same keys and kinds."""
 
     keys: Sequence[str] = ()
+    shapes: Sequence[tuple[int, ...]] = ()
     kinds: Sequence[object] = ()
     specs: Sequence[TensorSpec] = ()
 
@@ -50,12 +51,13 @@ _alike = _Alike()
 
 def items_of(keys: Sequence[str], tensors: Sequence[torch.Tensor]) -> list[TensorItem]:
     """The items of many shared tensors that are copied late: as `item_of`, quicker where they are as last time."""
-    kinds = [*map(_shape, tensors), *map(_dtype, tensors), *map(_layout, tensors), *map(_is_meta, tensors)]
-    if keys == _alike.keys and kinds == _alike.kinds:
+    kinds = [*map(_dtype, tensors), *map(_layout, tensors), *map(_is_meta, tensors)]
+    if keys == _alike.keys and kinds == _alike.kinds and list(map(_shape, tensors)) == _alike.shapes:
         return list(map(TensorItem, _alike.specs, tensors, itertools.repeat(True)))
     items = [item_of(key, tensor, late=True) for key, tensor in zip(keys, tensors, strict=True)]
     if all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in tensors):
         _alike.keys, _alike.kinds, _alike.specs = keys, kinds, [item.spec for item in items]
+        _alike.shapes = [spec.shape for spec in _alike.specs]
     return items
 
 

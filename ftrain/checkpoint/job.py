@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ftrain.checkpoint.agreement import encode_plain
+from ftrain.checkpoint.garbage import no_collection
 from ftrain.checkpoint.pack_plan import PackPlan
 from ftrain.checkpoint.tracked import Tracked
 
@@ -20,7 +21,8 @@ class Job:
     def __init__(self, state: State) -> None:
         tracked = Tracked()
         tracked.add_state(state)
-        part = tracked.collect()
+        with no_collection():
+            part = tracked.collect()
         self.items = part.items
         self.plain = encode_plain({"tracked": part.plain})
         self.specs = [item.spec for item in part.items]

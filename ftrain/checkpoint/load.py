@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 
+from ftrain.checkpoint.garbage import no_collection
 from ftrain.checkpoint.job import State
 from ftrain.checkpoint.peers import Peers, peers, together
 from ftrain.checkpoint.restore import Checkpoint
@@ -27,7 +28,7 @@ def load(path: str | Path, state: State) -> int:
     tensor, rank, file and offset.
     """
     group = peers()
-    with together(group, f"opening {path}"):
+    with together(group, f"opening {path}"), no_collection():
         checkpoint = open_checkpoint(path)
         source = group.rank if group.rank < checkpoint.world_size else 0
         tracked = Tracked()
@@ -36,7 +37,7 @@ def load(path: str | Path, state: State) -> int:
         asked = {item.spec.key for item in items if not item.spec.private}
         missed = checkpoint.tensors.keys() - asked - _unnamed(checkpoint, tracked.names, source)
     missed -= _asked_by_others(missed, asked, group)
-    with together(group, f"loading {path}"):
+    with together(group, f"loading {path}"), no_collection():
         tracked.fill(checkpoint, group.rank, source, items, checkpoint.tensors.keys() - missed)
     return checkpoint.manifest.attempt.step
 
@@ -59,6 +60,8 @@ def _unnamed(checkpoint: Checkpoint, names: set[str], source: int) -> set[str]:
     """The keys that belong to names that this rank did not give."""
     plain = checkpoint.plain(source).get("tracked")
     known = [name for name in plain if name] if isinstance(plain, dict) else []
+    if names.issuperset(plain if isinstance(plain, dict) else ()):
+        return set()
     others = tuple(f"{name}." for name in known if name not in names)
     named = tuple(f"{name}." for name in known)
     rest = REST not in names  # what is no object's and no dict's was not asked for

@@ -23,6 +23,7 @@ class MappingState:
         self._prefix = prefix
         self._mapping = mapping
         self._saved: dict[str, Any] = {}
+        self._has_values = False
         self._keys: list[str] = []
         self._items: list[TensorItem] = []
 
@@ -45,10 +46,13 @@ class MappingState:
     def prepare(self, plain: Any, saved: Saved) -> list[TensorItem]:
         del saved
         self._saved = plain["values"]
-        keys, tensors, _ = self._leaves()
+        keys, tensors, values = self._leaves()
+        self._has_values = bool(values)
         return items_of(keys, tensors)
 
     def finish(self) -> None:
+        if not self._saved and not self._has_values:
+            return
         for path, holder, key, value in _walk(self._prefix, self._mapping):
             if isinstance(value, torch.Tensor):
                 continue

@@ -11,7 +11,7 @@ import torch
 
 from ftrain import _native
 from ftrain.checkpoint.arena import Image
-from ftrain.checkpoint.host import lies_in_host_memory
+from ftrain.checkpoint.host import all_lie_in_host_memory, lies_in_host_memory
 from ftrain.checkpoint.items import TensorItem
 from ftrain.checkpoint.publish import read_index
 from ftrain.core import plain as plain_data
@@ -161,8 +161,10 @@ class Checkpoint:
         }
         direct: list[TensorItem] = []
         rest: list[TensorItem] = []
+        all_simple = all_lie_in_host_memory([item.local for item in items])
         for item in items:
-            is_whole = item.spec.mesh is None and item.spec.key in found and lies_in_host_memory(item.local)
+            is_simple = all_simple or lies_in_host_memory(item.local)
+            is_whole = is_simple and item.spec.mesh is None and item.spec.key in found
             (direct if is_whole else rest).append(item)
         records = [found[item.spec.key] for item in direct]
         ranges.files.extend([pack for pack, _, _ in records])
@@ -179,10 +181,9 @@ class Checkpoint:
         return self._indexes[rank].entries(private=True) if rank < self.world_size else ()
 
     def _check(self, items: Sequence[TensorItem], rank: int, elsewhere: Collection[str]) -> None:
-        own = self.private_tensors(rank)
+        own = self.private_tensors(rank) if any(item.spec.private for item in items) else {}
         missing, different = [], []
-        for item in items:
-            spec = item.spec
+        for spec in [item.spec for item in items]:
             saved = (own if spec.private else self._tensors).get(spec.key)
             if saved is None:
                 missing.append(spec.key)

@@ -15,7 +15,7 @@ from ftrain.checkpoint.peers import peers, together
 from ftrain.checkpoint.target import Target
 from ftrain.storage.base import Effort
 
-EFFORT = Effort(threads=1)
+EFFORT = Effort(threads=2)  # nothing else is to be done meanwhile
 _plans = Plans()
 
 
