@@ -28,26 +28,19 @@ from ftrain.core.journal import History
 from ftrain.core.run_state import Phase, RunPolicy
 from ftrain.errors import AlreadyExists, FtrainError, NotFound, StorageError, UnknownOutcome
 from ftrain.storage.base import Storage
+from ftrain.storage.history import read_history
 
 log = logging.getLogger("ftrain")
 DISCARDED_MAX = 256
 
 
-def read_history(storage: Storage) -> History:
-    """The journal from its beginning. Raises `CorruptCheckpoint` naming the first record that does not hold."""
-    history = History()
-    data = b""
-    while True:
-        path = journal.path_of(history.head.sequence + 1)
-        try:
-            data = storage.read(path)
-        except NotFound:
-            break
-        history = history.after(journal.decode(data, path), journal.digest(data))
-    if data and not storage.confirm(journal.path_of(history.head.sequence), data):
+def durable_history(storage: Storage) -> History:
+    """The journal from its beginning, made durable. Raises `CorruptCheckpoint` naming the first bad record."""
+    found, newest = read_history(storage)
+    if newest and not storage.confirm(journal.path_of(found.head.sequence), newest):
         # Its writer may have died before it was durable, and we are about to act upon it.
         raise StorageError(f"{storage.url}: the newest journal record cannot be made durable; mend the storage first")
-    return history
+    return found
 
 
 class CoordinatorHost:
@@ -84,7 +77,7 @@ class CoordinatorHost:
     async def start(self) -> int:
         """Listen, read the journal, take over. Returns the port. Raises `Unavailable` when it cannot listen."""
         port = await self._service.start()
-        history = await self._loop.run_in_executor(self._journal, read_history, self._storage)
+        history = await self._loop.run_in_executor(self._journal, durable_history, self._storage)
         live = {body.attempt.path for _, body in history.commits}
         newest = history.generation.generation if history.generation is not None else 0
         await self._loop.run_in_executor(self._files, sweep, self._storage, live, newest)
