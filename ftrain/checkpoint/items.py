@@ -37,27 +37,37 @@ def item_of(key: str, tensor: torch.Tensor, private: bool = False, late: bool = 
     return TensorItem(spec_of(key, tensor, private), local_of(tensor), late)
 
 
-class _Alike:
-    """The tensors of the last long list: usually the next one has tensors of the same keys and kinds."""
+class _Alike(msgspec.Struct, frozen=True):
+    """The tensors of an earlier list: usually the next one that begins alike has tensors of the same keys and kinds."""
 
-    keys: Sequence[str] = ()
-    shapes: Sequence[tuple[int, ...]] = ()
-    kinds: Sequence[object] = ()
-    specs: Sequence[TensorSpec] = ()
+    keys: Sequence[str]
+    shapes: Sequence[tuple[int, ...]]
+    kinds: Sequence[object]
+    specs: Sequence[TensorSpec]
 
 
-_alike = _Alike()
+_alike: dict[str, _Alike] = {}  # by the first key
+LISTS_MAX = 64
 
 
 def items_of(keys: Sequence[str], tensors: Sequence[torch.Tensor]) -> list[TensorItem]:
     """The items of many shared tensors that are copied late: as `item_of`, quicker where they are as last time."""
+    known = _alike.get(keys[0]) if keys else None
     kinds = [*map(_dtype, tensors), *map(_layout, tensors), *map(_is_meta, tensors)]
-    if keys == _alike.keys and kinds == _alike.kinds and list(map(_shape, tensors)) == _alike.shapes:
-        return list(map(TensorItem, _alike.specs, tensors, itertools.repeat(True)))
+    if (
+        known is not None
+        and keys == known.keys
+        and kinds == known.kinds
+        and list(map(_shape, tensors)) == known.shapes
+        and not any(type(tensor) not in (torch.Tensor, torch.nn.Parameter) for tensor in tensors)
+    ):
+        return list(map(TensorItem, known.specs, tensors, itertools.repeat(True)))
     items = [item_of(key, tensor, late=True) for key, tensor in zip(keys, tensors, strict=True)]
-    if all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in tensors):
-        _alike.keys, _alike.kinds, _alike.specs = keys, kinds, [item.spec for item in items]
-        _alike.shapes = [spec.shape for spec in _alike.specs]
+    if keys and all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in tensors):
+        specs = [item.spec for item in items]
+        if len(_alike) >= LISTS_MAX:
+            _alike.clear()
+        _alike[keys[0]] = _Alike(keys, [spec.shape for spec in specs], kinds, specs)
     return items
 
 

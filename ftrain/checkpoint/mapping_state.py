@@ -65,9 +65,10 @@ class MappingState:
         keys: list[str] = []
         tensors: list[torch.Tensor] = []
         values: dict[str, object] = {}
-        if self._prefix and all(isinstance(value, torch.Tensor) for value in self._mapping.values()):
+        if all(isinstance(value, torch.Tensor) for value in self._mapping.values()):
             # The usual state dict; some have many thousands.
-            return [f"{self._prefix}.{key}" for key in self._mapping], list(self._mapping.values()), values
+            before = f"{self._prefix}." if self._prefix else ""
+            return [f"{before}{key}" for key in self._mapping], list(self._mapping.values()), values
         for path, _, _, value in _walk(self._prefix, self._mapping):
             if isinstance(value, torch.Tensor):
                 keys.append(path)

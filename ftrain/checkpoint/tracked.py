@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, MutableMapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
@@ -57,7 +58,9 @@ class Tracked:
         for name, found in state.items():
             if not isinstance(name, str) or not name:
                 raise UsageError(f"a state has strings for names, not {name!r}")
-            if isinstance(found, Stateful):
+            if isinstance(found, torch.Tensor):  # first: asking a tensor for methods takes long, and there may be many
+                rest[name] = found
+            elif isinstance(found, Stateful):
                 self._objects[name] = self._source(name, found)
             elif isinstance(found, MutableMapping):
                 self._objects[name] = MappingState(name, found)

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from ftrain.checkpoint.items import dtype_name, item_of, spec_of, torch_dtype
+from ftrain.checkpoint.items import dtype_name, item_of, items_of, spec_of, torch_dtype
 from ftrain.core.layout import ITEM_BYTES, Mesh, TensorSpec, local_box
 from ftrain.errors import UnsupportedTensor
 
@@ -85,3 +85,17 @@ def test_a_tensor_that_is_not_plain_and_dense_is_refused_by_name(tensor: torch.T
 def test_a_dtype_that_this_torch_lacks_is_refused() -> None:
     with pytest.raises(UnsupportedTensor, match="float3"):
         torch_dtype("float3")
+
+
+def test_many_items_are_those_that_each_tensor_makes_whatever_the_list_before_was(mesh: DeviceMesh) -> None:
+    plain = [torch.zeros(8, 2), torch.zeros(3)]
+    sharded = [distribute_tensor(torch.zeros(8, 2), mesh, [Shard(0), Replicate()]), torch.zeros(3)]
+    other = [torch.zeros(8, 2, dtype=torch.int32), torch.zeros(3)]
+    longer = [torch.zeros(8, 3), torch.zeros(3)]
+    for tensors in (plain, plain, sharded, plain, other, plain, longer, sharded, sharded):
+        items = items_of(["m.a", "m.b"], tensors)
+        singly = [item_of(key, tensor, late=True) for key, tensor in zip(["m.a", "m.b"], tensors, strict=True)]
+        assert [item.spec for item in items] == [item.spec for item in singly]
+        assert all(a.local is b.local for a, b in zip(items, singly, strict=True))
+        assert all(item.late for item in items)
+    assert items_of([], []) == []
