@@ -13,7 +13,7 @@ from ftrain import _native
 from ftrain.checkpoint.agreement import Agreed, Plans
 from ftrain.checkpoint.arena import Arena, Image
 from ftrain.checkpoint.job import Job, State
-from ftrain.checkpoint.pack_plan import PackPlan
+from ftrain.checkpoint.pack_plan import CleanSlots, PackPlan
 from ftrain.checkpoint.peers import Peers, peers, together
 from ftrain.checkpoint.persist import BESIDE_TRAINING
 from ftrain.checkpoint.stage import StagePlan, Stager, Staging
@@ -114,7 +114,7 @@ class _Engine:
         self._users: list[Saving | None] = []  # of each slot, the last
         self._order: dict[int, int] = {}  # by slot, the number of the save that filled it
         self._count = 0
-        self._cleared: dict[int, tuple[PackPlan, _native.Mapping]] = {}  # by slot, the plan whose gaps are zero there
+        self._slots = CleanSlots(self._arena)
         self._stage_plan: tuple[Agreed, StagePlan] | None = None
 
     def begin(self, target: Target, job: Job, group: Peers) -> Saving:
@@ -170,13 +170,7 @@ class _Engine:
             self._arena.reserve(slot + 1, pack.layout.image_bytes, 0, 0)
         elif self._arena.image_bytes(slot) < pack.layout.image_bytes:
             self._arena.grow(slot, pack.layout.image_bytes, 0, 0)
-        image = self._arena.image(slot)
-        cleared = self._cleared.get(slot)
-        if cleared is None or cleared[0] is not pack or cleared[1] is not image.mapping:
-            for offset, nbytes in pack.gaps():
-                self._arena.zero(slot, offset, nbytes)
-            self._cleared[slot] = (pack, image.mapping)
-        return slot, image
+        return slot, self._slots.image(slot, pack)
 
 
 _engines: list[_Engine] = []

@@ -52,18 +52,13 @@ LISTS_MAX = 64
 
 def items_of(keys: Sequence[str], tensors: Sequence[torch.Tensor]) -> list[TensorItem]:
     """The items of many shared tensors that are copied late: as `item_of`, quicker where they are as last time."""
-    known = _alike.get(keys[0]) if keys else None
+    are_plain = all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in tensors)
+    known = _alike.get(keys[0]) if keys and are_plain else None
     kinds = [*map(_dtype, tensors), *map(_layout, tensors), *map(_is_meta, tensors)]
-    if (
-        known is not None
-        and keys == known.keys
-        and kinds == known.kinds
-        and list(map(_shape, tensors)) == known.shapes
-        and not any(type(tensor) not in (torch.Tensor, torch.nn.Parameter) for tensor in tensors)
-    ):
+    if known is not None and keys == known.keys and kinds == known.kinds and list(map(_shape, tensors)) == known.shapes:
         return list(map(TensorItem, known.specs, tensors, itertools.repeat(True)))
     items = [item_of(key, tensor, late=True) for key, tensor in zip(keys, tensors, strict=True)]
-    if keys and all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in tensors):
+    if keys and are_plain:
         specs = [item.spec for item in items]
         if len(_alike) >= LISTS_MAX:
             _alike.clear()

@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections import abc
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
+from ftrain._native import Mapping
+from ftrain.checkpoint.arena import Arena, Image
 from ftrain.core.layout import SlotLayout, WriteItem, slot_layout
 from ftrain.core.manifest import FORMAT, BoxRecord, PackIndex, encode_boxes, encode_index
 from ftrain.core.messages import Attempt
+
+
+class CleanSlots:
+    """Gives slots of an arena to packs, with zeros wherever a pack has no tensor, also after another pack was there."""
+
+    def __init__(self, arena: Arena) -> None:
+        self._arena = arena
+        self._clean: dict[int, tuple[PackPlan, Mapping]] = {}  # by slot, the pack whose gaps are zero, and where
+
+    def image(self, slot: int, pack: PackPlan) -> Image:
+        """The slot's image, which is large enough for the pack."""
+        image = self._arena.image(slot)
+        last, mapping = self._clean.get(slot, (None, None))
+        if last is not pack or mapping is not image.mapping:
+            for offset, nbytes in pack.gaps():
+                self._arena.zero(slot, offset, nbytes)
+            self._clean[slot] = (pack, image.mapping)
+        return image
 
 
 class PackPlan:
@@ -46,7 +67,7 @@ class PackPlan:
     def index(
         self,
         attempt: Attempt,
-        plain: Mapping[str, Any],
+        plain: abc.Mapping[str, Any],
         box_crc32c: Sequence[int] = (),
         chunk_crc32c: Sequence[int] = (),
     ) -> PackIndex:

@@ -7,6 +7,8 @@ from array import array
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import msgspec
+
 from ftrain._native import Pack
 from ftrain.checkpoint.arena import Arena
 from ftrain.checkpoint.pack_plan import PackPlan
@@ -83,8 +85,7 @@ def _pack(index: PackIndex, offsets: array[int], addresses: array[int], sizes: a
 
 
 def _summed(index: PackIndex, boxes: list[int], chunks: list[int]) -> PackIndex:
-    fields = {name: getattr(index, name) for name in PackIndex.__struct_fields__}
-    return PackIndex(**{**fields, "box_crc32c": tuple(boxes), "chunk_crc32c": tuple(chunks)})
+    return msgspec.structs.replace(index, box_crc32c=tuple(boxes), chunk_crc32c=tuple(chunks))
 
 
 def _write(

@@ -157,7 +157,7 @@ class Checkpoint:
             record.key: (pack, record, crc32c)
             for pack in packs
             for record, crc32c in zip(self._indexes[pack].boxes, self._indexes[pack].box_crc32c, strict=True)
-            if record.private == private and record.box_shape == record.shape
+            if record.private == private and record.is_whole
         }
         direct: list[TensorItem] = []
         rest: list[TensorItem] = []

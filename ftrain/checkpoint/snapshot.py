@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ftrain import _native
 from ftrain.checkpoint.agreement import encode_plain, encode_specs, exchange_specs, refuse_twice
 from ftrain.checkpoint.arena import Arena
 from ftrain.checkpoint.items import TensorItem
-from ftrain.checkpoint.pack_plan import PackPlan
+from ftrain.checkpoint.pack_plan import CleanSlots, PackPlan
 from ftrain.checkpoint.stage import StagePlan, Stager, Staging
 from ftrain.core.layout import TensorSpec, WriteItem, describe, image_of, whole, write_plan
 from ftrain.core.messages import Attempt
@@ -56,7 +55,7 @@ class Snapshotter:
         self._shared: Mapping[str, TensorSpec] | None = None
         self._written: tuple[WriteItem, ...] = ()
         self._ready: _Ready | None = None
-        self._cleared: dict[int, tuple[PackPlan, _native.Mapping]] = {}  # by slot, the plan whose gaps are zero there
+        self._slots = CleanSlots(arena)
 
     def plan(self, items: Sequence[TensorItem], plain: Mapping[str, object] | None = None) -> None:
         """Agree with all ranks on who writes what, and reserve the arena. A collective: all ranks call it together.
@@ -93,14 +92,7 @@ class Snapshotter:
             raise ProtocolError(f"slot {slot} was asked for, but the arena has {self._arena.slots}")
         self._arena.grow(slot, ready.pack.layout.image_bytes, len(index), self._bytes_max)
         self._arena.clear_index(slot)
-        image = self._arena.image(slot)
-        cleared = self._cleared.get(slot)
-        if cleared is None or cleared[0] is not ready.pack or cleared[1] is not image.mapping:
-            # What an earlier snapshot left between boxes must not get into this one's pack.
-            for offset, nbytes in ready.pack.gaps():
-                self._arena.zero(slot, offset, nbytes)
-            self._cleared[slot] = (ready.pack, image.mapping)
-        staging = self._stager.begin(ready.stage, ready.tensors, image)
+        staging = self._stager.begin(ready.stage, ready.tensors, self._slots.image(slot, ready.pack))
 
         def finish() -> Staging:
             staging.finish()

@@ -183,7 +183,7 @@ def check_coverage(indexes: Iterable[PackIndex], where: str) -> None:
         for record in index.boxes:
             if record.private:
                 continue
-            if record.box_shape == record.shape and all(record.shape):
+            if record.is_whole and all(record.shape):
                 if record.key in alone:
                     raise CorruptCheckpoint(f"{where}: {record.key} is not covered exactly once: it is there twice")
                 alone.add(record.key)
@@ -260,7 +260,7 @@ def _box_problem(record: BoxRecord, end: int, payload_bytes: int) -> str:
 
 def _misplaced(record: BoxRecord) -> bool:
     """The box is not inside of its tensor, or is a part of a private one."""
-    if record.box_shape == record.shape and len(record.box_offset) == len(record.shape) and not any(record.box_offset):
+    if record.is_whole and len(record.box_offset) == len(record.shape) and not any(record.box_offset):
         return False
     dimensions = len(record.shape)
     if len(record.box_offset) != dimensions or len(record.box_shape) != dimensions:
