@@ -98,6 +98,18 @@ class Unavailable(FtrainError):
     exit_code = ExitCode.UNAVAILABLE
 
 
+class PeerLost(FtrainError):
+    """The generation was revoked, so a collective cannot begin or a group cannot be made. The step is done again."""
+
+    exit_code = ExitCode.FAILED
+
+
+class Unrecoverable(FtrainError):
+    """This process cannot be brought round after a failure. Start it anew; the others go on."""
+
+    exit_code = ExitCode.FAILED
+
+
 class OutOfMemory(FtrainError):
     """The host has not the memory that the arena needs. The message has both figures."""
 

@@ -21,11 +21,11 @@ from ftrain.agent import environment, pages
 from ftrain.agent.child import Job
 from ftrain.agent.forks import Nursery, NurseryDied
 from ftrain.agent.saver import Saver
-from ftrain.agent.workers import FD_NAMES, ArenaFile, WorkerProcess
+from ftrain.agent.workers import FD_NAMES, RankMemory, WorkerProcess
 from ftrain.control.client import Client
 from ftrain.core import local, node
 from ftrain.core import messages as m
-from ftrain.core.local import Boot
+from ftrain.core.local import Boot, Recover
 from ftrain.errors import ExitCode, FtrainError, Refused
 from ftrain.spec import JobSpec
 from ftrain.storage.base import Storage
@@ -53,7 +53,7 @@ class Agent:
         self._busy = False
         self._done: asyncio.Future[node.Exit] = self._loop.create_future()
         self._workers: dict[int, WorkerProcess] = {}
-        self._arenas: dict[int, ArenaFile] = {}
+        self._memory: dict[int, RankMemory] = {}  # by local rank
         self._stores: dict[int, int] = {}  # pid -> generation
         self._tasks: set[asyncio.Task[None]] = set()
         self._saver = Saver(storage, spec.topology.processes, self._saved)
@@ -182,8 +182,16 @@ class Agent:
                 self._client.send(message)
             case node.Reconnect():
                 self._client.reconnect()
-            case node.Fork(start):
-                self._spawn(self._fork(start))
+            case node.Fork(start, ranks):
+                self._spawn(self._fork(start, ranks))
+            case node.Continue(start, ranks):
+                self._continue(start, ranks)
+            case node.RevokePages(generation, ranks):
+                for rank in ranks:
+                    pages.revoke(self._workers[rank].page, generation)
+            case node.KillRanks(ranks):
+                for rank in ranks:
+                    self._nursery.signal(self._workers[rank].pid, signal.SIGKILL)
             case node.Kill(grace_seconds):
                 self._kill(grace_seconds)
             case node.ArmPages(attempt, slot, hold, ranks):
@@ -199,7 +207,7 @@ class Agent:
                 for rank in ranks:
                     pages.release(self._workers[rank].page)
             case node.Persist(attempt, rank, slot):
-                self._saver.save(attempt, rank, self._workers[rank].arena.arena, slot)
+                self._saver.save(attempt, rank, self._workers[rank].memory.arena, slot)
             case node.CancelPersist(attempt):
                 self._saver.cancel(attempt)
             case node.HostStore(generation):
@@ -209,24 +217,37 @@ class Agent:
             case node.Exit():
                 self.finish(action)
 
-    async def _fork(self, start: m.Start) -> None:
-        for worker in self._workers.values():
-            worker.close()
-        self._workers = {}
-        ranks = range(start.first_rank, start.first_rank + self._spec.topology.processes)
-        for local_rank, rank in enumerate(ranks):
-            arena = self._arena(local_rank, rank)
-            self._workers[rank] = WorkerProcess.prepare(self._spec.output, start.generation, rank, local_rank, arena)
-        await asyncio.gather(*(self._fork_one(start, worker) for worker in self._workers.values()))
+    async def _fork(self, start: m.Start, ranks: tuple[int, ...]) -> None:
+        self._end_stores(start.generation - 1)
+        for rank in set(self._workers) - set(start.survivors):
+            self._workers.pop(rank).close()
+        for rank in ranks:
+            local_rank = rank - start.first_rank
+            memory = self._rank_memory(local_rank, rank, start)
+            self._workers[rank] = WorkerProcess.prepare(self._spec.output, start.generation, rank, local_rank, memory)
+        await asyncio.gather(*(self._fork_one(start, self._workers[rank]) for rank in ranks))
 
-    def _arena(self, local_rank: int, rank: int) -> ArenaFile:
-        known = self._arenas.get(local_rank)
+    def _rank_memory(self, local_rank: int, rank: int, start: m.Start) -> RankMemory:
+        known = self._memory.get(local_rank)
         writing = {writer for _, writer in self._state.writing}
-        if known is not None and rank not in writing:
+        if known is not None and (start.line is not None or rank not in writing):
             return known
         # A snapshot in the old one is still being persisted: it closes with the last reference to it.
-        self._arenas[local_rank] = ArenaFile(local_rank)
-        return self._arenas[local_rank]
+        self._memory[local_rank] = RankMemory(local_rank)
+        return self._memory[local_rank]
+
+    def _end_stores(self, generation: int) -> None:
+        """End the stores of generations up to this one."""
+        for pid, hosted in self._stores.items():
+            if hosted <= generation:
+                self._nursery.signal(pid, signal.SIGKILL)
+
+    def _continue(self, start: m.Start, ranks: tuple[int, ...]) -> None:
+        assert start.line is not None
+        self._end_stores(start.generation - 1)
+        address, port = start.master_address, start.master_port
+        for rank in ranks:
+            self._workers[rank].tell(Recover(start.generation, address, port, start.line, start.resume))
 
     async def _fork_one(self, start: m.Start, worker: WorkerProcess) -> None:
         program = self._spec.program
@@ -240,10 +261,12 @@ class Agent:
             page_fd=0,
             arena_fd=0,
             channel_fd=0,
+            box_fd=0,
             arena_bytes_max=0,
-            checkpoints=not self._spec.checkpoint.off,
+            checkpoints=not self._spec.checkpoint.off or self._spec.checkpoint.snapshots,
             resume=start.resume,
             loopback=self._spec.topology.loopback,
+            line=start.line,
         )
         job = Job(
             program.kind,
@@ -263,7 +286,8 @@ class Agent:
             return
         worker.forked(pid, self._worker_said)
         self._post(node.Forked(worker.rank, pid))
-        if self._state.stopping or self._state.leave is not None:
+        now = self._state.workers.get(worker.rank)
+        if self._state.stopping or self._state.leave is not None or now is None or now.killed:
             self._nursery.signal(pid, signal.SIGKILL)  # the order to stop came while it was being forked
 
     def _kill(self, grace_seconds: float) -> None:
@@ -276,9 +300,7 @@ class Agent:
             else:
                 self._nursery.signal(process.pid, signal.SIGTERM)
                 self._loop.call_later(grace_seconds, self._nursery.signal, process.pid, int(signal.SIGKILL))
-        for pid, generation in self._stores.items():
-            if generation <= self._state.generation:
-                self._nursery.signal(pid, signal.SIGKILL)
+        self._end_stores(self._state.generation)
 
     async def _host_store(self, generation: int) -> None:
         """A listening socket of ours, served by a process of its own: clients may connect before it serves."""

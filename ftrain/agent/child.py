@@ -32,7 +32,7 @@ class Job(msgspec.Struct, frozen=True):
     """What to run. `kind`: "script" (a path), "module" (a name), "exec" (a program), "function" ("module:name").
 
     `fds` names the descriptors that come with the job, in order: stdout, stderr, and for workers page, arena,
-    channel. For a function, an argument "fd:NAME" becomes that descriptor's number.
+    channel, box. For a function, an argument "fd:NAME" becomes that descriptor's number.
     """
 
     kind: str
@@ -54,7 +54,11 @@ def run(job: Job, fds: list[int]) -> None:
     os.environ.update(job.environment)
     if job.boot is not None:
         boot = msgspec.structs.replace(
-            job.boot, page_fd=named["page"], arena_fd=named["arena"], channel_fd=named["channel"]
+            job.boot,
+            page_fd=named["page"],
+            arena_fd=named["arena"],
+            channel_fd=named["channel"],
+            box_fd=named["box"],
         )
         os.environ[BOOT_VARIABLE] = msgspec.json.encode(boot).decode()
     if job.kind == "exec":
@@ -98,7 +102,7 @@ def _call(job: Job, named: dict[str, int]) -> None:
 
 def _execute(job: Job, named: dict[str, int]) -> None:
     for name, fd in named.items():
-        os.set_inheritable(fd, name in ("page", "arena", "channel"))
+        os.set_inheritable(fd, name in ("page", "arena", "channel", "box"))
     try:
         os.execvp(job.target, [job.target, *job.arguments])
     except OSError as error:

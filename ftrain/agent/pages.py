@@ -60,6 +60,11 @@ def release(page: ControlPage) -> None:
     notify(page)
 
 
+def revoke(page: ControlPage, generation: int) -> None:
+    page.store(Field.REVOKED, generation)
+    notify(page)
+
+
 def notify(page: ControlPage) -> None:
     page.add(Field.EVENT, 1)
     page.wake(Field.EVENT)

@@ -10,11 +10,17 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from ftrain.core.run_state import Action, Interrupted, Log, Measured, Resumed
+from ftrain.core.messages import Tier
+from ftrain.core.run_state import Action, Continues, Interrupted, Log, Measured, Resumed
 
 log = logging.getLogger("ftrain")
 PROGRESS_SECONDS = 2.0
 RECORDS_KEPT = 100
+WHERE = {
+    Tier.LIVE: "from living ranks",
+    Tier.ARENA: "from snapshots in memory",
+    Tier.STORAGE: "from the newest commit",
+}
 
 
 class Story:
@@ -34,14 +40,9 @@ class Story:
             case Log(text, level):
                 log.log(logging.getLevelName(level.upper()), text)
                 self._events.write({"event": level, "text": text})
-            case Interrupted(failure, generation, furthest, resumes_at):
-                lost = max(0, furthest - resumes_at) if furthest >= 0 else 0
+            case Interrupted(failure, generation, furthest):
                 log.warning("generation %d interrupted: %s", generation, failure.summary)
-                if furthest >= 0 or resumes_at:
-                    log.info("starting again from step %d (%d finished step(s) to redo)", resumes_at, lost)
-                else:
-                    log.info("starting again from the beginning")
-                record = {
+                interruption = {
                     "event": "interruption",
                     "generation": generation,
                     "class": failure.kind.value,
@@ -49,11 +50,23 @@ class Story:
                     "node": failure.node,
                     "summary": failure.summary,
                     "traceback": failure.traceback,
-                    "resumes_at": resumes_at,
-                    "redone_steps": lost,
+                    "furthest_step": furthest,
                 }
-                self.interruptions.append(record)
-                self._events.write(record)
+                self.interruptions.append(interruption)
+                self._events.write(interruption)
+            case Continues(generation, step, furthest, tier, survivors, forked):
+                lost = max(0, furthest - step) if furthest >= 0 else 0
+                self._tell_how(step, lost, tier, survivors, forked)
+                found = {
+                    "resumes_at": step,
+                    "redone_steps": lost,
+                    "tier": tier.value if tier is not None else "",
+                    "survivors": survivors,
+                    "forked": forked,
+                }
+                if self.interruptions:
+                    self.interruptions[-1].update(found)
+                self._events.write({"event": "continues", "generation": generation, **found})
             case Resumed(generation, step, seconds):
                 log.info(
                     "generation %d is back in its loop at step %d, %.2f s after the failure", generation, step, seconds
@@ -71,6 +84,22 @@ class Story:
                     log.info("step %d  %s", metrics.step, values)
             case _:
                 raise AssertionError(f"not a thing to tell: {action}")
+
+    def _tell_how(self, step: int, lost: int, tier: Tier | None, survivors: int, forked: int) -> None:
+        if tier is None:
+            log.info("starting again from the beginning")
+        elif survivors:
+            log.info(
+                "going on in place from step %d (%s; %d finished step(s) to redo): %d rank(s) keep their processes, "
+                "%d forked anew",
+                step,
+                WHERE[tier],
+                lost,
+                survivors,
+                forked,
+            )
+        else:
+            log.info("starting again from step %d (%d finished step(s) to redo)", step, lost)
 
     def close(self) -> None:
         self._events.close()

@@ -17,6 +17,7 @@ from ftrain import _native
 from ftrain.agent import pages
 from ftrain.agent.logs import RankLogs
 from ftrain.checkpoint.arena import Arena
+from ftrain.checkpoint.black_box import BlackBox
 from ftrain.core import local
 from ftrain.core.messages import ErrorReport, RankExit
 from ftrain.core.page import NO_STEP, Field
@@ -26,16 +27,19 @@ _FROM_WORKER = msgspec.json.Decoder(local.FromWorker)
 CHANNEL_BUFFER_BYTES = 1 << 20
 
 
-class ArenaFile:
-    """The memory that one local rank's snapshots are staged in. It outlives the worker, and serves the next one too."""
+class RankMemory:
+    """One local rank's arena and black box. They outlive the worker, and serve the next one too."""
 
     def __init__(self, local_rank: int) -> None:
-        self.fd = _native.memory_file(f"ftrain-arena-{local_rank}")
-        self.arena = Arena(self.fd)
+        self.arena_fd = _native.memory_file(f"ftrain-arena-{local_rank}")
+        self.box_fd = _native.memory_file(f"ftrain-box-{local_rank}")
+        self.arena = Arena(self.arena_fd)
+        self.box = BlackBox(self.box_fd)
 
     def close(self) -> None:
         self.arena.close()
-        os.close(self.fd)
+        os.close(self.arena_fd)
+        os.close(self.box_fd)
 
 
 @dataclass(slots=True)
@@ -44,7 +48,7 @@ class WorkerProcess:
     local_rank: int
     page: _native.ControlPage
     page_fd: int
-    arena: ArenaFile
+    memory: RankMemory
     channel: socket.socket
     worker_channel: socket.socket
     logs: RankLogs
@@ -53,7 +57,7 @@ class WorkerProcess:
     last: tuple[int, int] = (-1, 0)  # where it was when it ended
 
     @classmethod
-    def prepare(cls, policy: Output, generation: int, rank: int, local_rank: int, arena: ArenaFile) -> WorkerProcess:
+    def prepare(cls, policy: Output, generation: int, rank: int, local_rank: int, memory: RankMemory) -> WorkerProcess:
         """Everything that the worker will be given, before it is forked."""
         page_fd = _native.ControlPage.create(f"ftrain-page-{rank}")
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -64,12 +68,13 @@ class WorkerProcess:
         page = _native.ControlPage(page_fd)
         page.store(Field.STEP, NO_STEP)
         error_file = logs.directory / "error.json"
-        return cls(rank, local_rank, page, page_fd, arena, ours, theirs, logs, error_file)
+        return cls(rank, local_rank, page, page_fd, memory, ours, theirs, logs, error_file)
 
     @property
     def fds(self) -> tuple[int, ...]:
         """In the order of `FD_NAMES`."""
-        return (*self.logs.write_fds, self.page_fd, self.arena.fd, self.worker_channel.fileno())
+        memory = self.memory
+        return (*self.logs.write_fds, self.page_fd, memory.arena_fd, self.worker_channel.fileno(), memory.box_fd)
 
     def forked(self, pid: int, said: Callable[[int, local.FromWorker], None]) -> None:
         """The worker holds its ends now: close them here, so that their end can be seen."""
@@ -93,8 +98,22 @@ class WorkerProcess:
         self.last = self.where()
         error = None if code == 0 and not signum else self._error_from_file()
         return RankExit(
-            self.rank, self.local_rank, self.pid, code, signum, max(self.last[0], -1), self.last[1], error, time.time()
+            self.rank,
+            self.local_rank,
+            self.pid,
+            code,
+            signum,
+            max(self.last[0], -1),
+            self.last[1],
+            error,
+            time.time(),
+            kept=self.memory.box.steps(),
         )
+
+    def tell(self, message: local.Recover) -> None:
+        """Tell a halted worker where it goes on. One that is dead will be seen to be."""
+        with contextlib.suppress(ConnectionError):
+            self.channel.send(msgspec.json.encode(message))
 
     def close(self) -> None:
         if self.channel.fileno() >= 0:
@@ -133,4 +152,4 @@ class WorkerProcess:
             return None
 
 
-FD_NAMES = ("stdout", "stderr", "page", "arena", "channel")
+FD_NAMES = ("stdout", "stderr", "page", "arena", "channel", "box")

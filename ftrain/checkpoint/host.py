@@ -15,11 +15,6 @@ def lies_in_host_memory(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
 
-def all_in_host_memory(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The tensors themselves where they lie in host memory as they are to be written; copies of the others."""
-    return list(tensors) if all_lie_in_host_memory(tensors) else [in_host_memory(tensor) for tensor in tensors]
-
-
 def all_lie_in_host_memory(tensors: Sequence[torch.Tensor]) -> bool:
     """As `lies_in_host_memory` for each, quicker for thousands."""
     return (

@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from ftrain.checkpoint.items import TensorItem, item_of, torch_dtype
+from ftrain.checkpoint.items import TensorItem, dtype_name, item_of, torch_dtype
 from ftrain.checkpoint.part import Part, Saved, normal
 from ftrain.checkpoint.restore import TensorInfo
 from ftrain.core import plain as plain_data
@@ -47,12 +47,45 @@ class ObjectState:
 
     def prepare(self, plain: Any, saved: Saved) -> list[TensorItem]:
         items: list[TensorItem] = []
-        self._state = _unflatten(plain["state"], saved.private, items)
+        if saved.private is not None:
+            self._state = _unflatten(plain["state"], saved.private, items)
         return items
 
     def finish(self) -> None:
-        self._found.load_state_dict(self._state)
-        self._state = None
+        if self._state is not None:
+            self._found.load_state_dict(self._state)
+            self._state = None
+
+    def own(self) -> Part:
+        part = Part()
+        state = self._found.state_dict()
+        if _is_flat(state):
+            part.plain["flat"] = normal(state)
+        else:
+            part.plain["state"] = _flatten(state, self._name, part.items)
+        return part
+
+    def take_back(self, plain: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+        if "flat" in plain:
+            self._found.load_state_dict(plain["flat"])
+            return
+        infos = {
+            key: TensorInfo(dtype_name(tensor.dtype), tuple(tensor.shape), private=True)
+            for key, tensor in tensors.items()
+        }
+        for item in self.prepare(plain, Saved({}, infos)):
+            item.local.copy_(tensors[item.spec.key])
+        self.finish()
+
+
+_FLAT = frozenset({type(None), bool, int, float, str, bytes})
+
+
+def _is_flat(state: Any) -> bool:
+    """Nothing in it can hold a tensor: most schedulers, asked at every boundary."""
+    return type(state) is dict and all(
+        type(one) in _FLAT or (type(one) is list and _FLAT.issuperset(map(type, one))) for one in state.values()
+    )
 
 
 def _flatten(value: Any, path: str, items: list[TensorItem]) -> object:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ class OptimizerState:
         self._watched: list[Watched] = []
         self._sizes: list[tuple[Any, int]] = []
         self._values: list[tuple[str, dict[str, Any], str]] = []  # state that is no tensor
+        self._own_values: list[tuple[str, dict[str, Any], str]] = []  # the same, for `own`
+        self._own_size: tuple[int, int] | None = None
 
     def part(self) -> Part:
         names = self._find_names()
@@ -99,21 +101,65 @@ class OptimizerState:
             [names[id(parameter)] for parameter in group["params"]] for group in self._optimizer.param_groups
         ]:
             raise MismatchedState(f"{self._name}: the checkpoint's parameter groups hold other parameters")
-        for group, saved in zip(self._optimizer.param_groups, groups, strict=True):
-            for key, value in saved["options"].items():
+        self._set_options([group["options"] for group in groups])
+        self._saved = {}
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Parameters with state, and values in their states: where it is the same, so is what they are."""
+        states = self._optimizer.state
+        return len(states), sum(map(len, states.values()))
+
+    def own(self) -> Part:
+        if self.size != self._own_size or any(
+            isinstance(state.get(key), torch.Tensor) for _, state, key in self._own_values
+        ):
+            self._own_values = self._find_values()
+            self._own_size = self.size
+        values = {full: state[key] for full, state, key in self._own_values}
+        return Part(plain={"options": normal(self._options()), "values": normal(values)})
+
+    def take_back(self, plain: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+        assert not tensors, "an optimizer has no tensors that are its rank's alone"
+        if len(plain["options"]) != len(self._optimizer.param_groups):
+            raise MismatchedState(
+                f"{self._name}: had {len(plain['options'])} parameter groups, and has "
+                f"{len(self._optimizer.param_groups)}; make the optimizer as the run began with it"
+            )
+        self._set_options(plain["options"])
+        for full, state, key in self._find_values():
+            if full in plain["values"]:
+                state[key] = plain["values"][full]
+
+    def _plain_now(self) -> dict[str, object]:
+        pairs = zip(self._names, self._options(), strict=True)
+        groups = [{"params": names, "options": options} for names, options in pairs]
+        values = {full: state[key] for full, state, key in self._values}
+        return {**self._plain, "groups": normal(groups), "values": normal(values)}
+
+    def _options(self) -> list[dict[str, Any]]:
+        return [
+            {key: _option(value) for key, value in group.items() if key != "params"}
+            for group in self._optimizer.param_groups
+        ]
+
+    def _set_options(self, options: list[dict[str, Any]]) -> None:
+        for group, saved in zip(self._optimizer.param_groups, options, strict=True):
+            for key, value in saved.items():
                 if isinstance(group.get(key), torch.Tensor):
                     group[key].fill_(value)
                 else:
                     group[key] = value
-        self._saved = {}
 
-    def _plain_now(self) -> dict[str, object]:
-        groups = [
-            {"params": names, "options": {key: _option(value) for key, value in group.items() if key != "params"}}
-            for names, group in zip(self._names, self._optimizer.param_groups, strict=True)
+    def _find_values(self) -> list[tuple[str, dict[str, Any], str]]:
+        """Of all state that is no tensor: its key in a checkpoint, what holds it, and its key there."""
+        names = self._find_names()
+        return [
+            (f"{self._name}.state.{names[id(parameter)]}.{key}", state, key)
+            for parameter, state in self._optimizer.state.items()
+            for key, value in state.items()
+            if not isinstance(value, torch.Tensor)
         ]
-        values = {full: state[key] for full, state, key in self._values}
-        return {**self._plain, "groups": normal(groups), "values": normal(values)}
 
     def _find_names(self) -> dict[int, str]:
         known = self._parameters()

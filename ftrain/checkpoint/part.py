@@ -22,10 +22,13 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """The tensors of a checkpoint, by key: those that all ranks share, and this rank's own."""
+    """The tensors of a checkpoint, by key: those that all ranks share, and this rank's own.
+
+    `private` is None where only what ranks share is restored: what is this rank's alone is to stay as it is.
+    """
 
     shared: Mapping[str, TensorInfo]
-    private: Mapping[str, TensorInfo]
+    private: Mapping[str, TensorInfo] | None
 
 
 class Source(Protocol):
@@ -48,6 +51,22 @@ class Source(Protocol):
 
     def finish(self) -> None:
         """The tensors are filled: take over the rest."""
+        ...
+
+
+class OwnSource(Source, Protocol):
+    """A source that can also put back what is its rank's alone, without a checkpoint."""
+
+    def own(self) -> Part:
+        """What is this rank's alone, as it is now: plain data and private tensors. Asked at every boundary.
+
+        Tensors that are not private are those that `take_back` could not put back although they are no optimizer's:
+        the caller watches them.
+        """
+        ...
+
+    def take_back(self, plain: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Put back what `own` gave, in this process or in another: plain data, and tensors by key."""
         ...
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
 import msgspec
 import torch
@@ -32,6 +33,21 @@ class TensorInfo(msgspec.Struct, frozen=True, gc=False):
     dtype: str
     shape: tuple[int, ...]
     private: bool
+
+
+class Held(Protocol):
+    """Somebody who holds a state: what `Tracked` restores from, whatever its tier. Docs: `Checkpoint`."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+
+    def private_tensors(self, rank: int) -> Mapping[str, TensorInfo] | None:
+        """None where this holder has nothing that is the rank's alone, which then stays as it is."""
+        ...
+
+    def plain(self, rank: int) -> Mapping[str, object]: ...
+
+    def read_into(self, items: Sequence[TensorItem], rank: int, *, elsewhere: Collection[str] = ()) -> None: ...
 
 
 class Checkpoint:

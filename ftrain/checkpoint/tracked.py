@@ -7,7 +7,7 @@ else belongs to its rank. docs/format.md has the keys.
 
 from __future__ import annotations
 
-from collections.abc import Collection, MutableMapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +20,8 @@ from ftrain.checkpoint.mapping_state import MappingState
 from ftrain.checkpoint.module_state import ModuleState
 from ftrain.checkpoint.object_state import ObjectState, Stateful
 from ftrain.checkpoint.optimizer_state import OptimizerState
-from ftrain.checkpoint.part import Part, Saved, Source
-from ftrain.checkpoint.restore import Checkpoint
+from ftrain.checkpoint.part import OwnSource, Part, Saved, Source
+from ftrain.checkpoint.restore import Held
 from ftrain.core import plain as plain_data
 from ftrain.errors import MismatchedState, UsageError
 
@@ -94,11 +94,11 @@ class Tracked:
         self._items = whole.items
         return whole
 
-    def restore(self, checkpoint: Checkpoint, rank: int, source: int) -> None:
+    def restore(self, checkpoint: Held, rank: int, source: int) -> None:
         """Put the state of a checkpoint back, in place. `source` is the rank whose private state this rank takes."""
         self.fill(checkpoint, rank, source, self.prepare(checkpoint, source))
 
-    def prepare(self, checkpoint: Checkpoint, source: int) -> list[TensorItem]:
+    def prepare(self, checkpoint: Held, source: int) -> list[TensorItem]:
         """The tensors to be filled from a checkpoint. Raises `MismatchedState` where it has nothing under a name."""
         plain: Any = checkpoint.plain(source)["tracked"]
         for name in self._objects:
@@ -110,7 +110,7 @@ class Tracked:
 
     def fill(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: Held,
         rank: int,
         source: int,
         items: Sequence[TensorItem],
@@ -128,9 +128,40 @@ class Tracked:
         for state, rest in self._rests:
             state.update(rest)
 
+    def own(self) -> Part:
+        """What is this rank's alone, as it is now: plain data by name, private tensors, and tensors to be watched.
+
+        Quick, for every boundary: `OwnSource.own` says more.
+        """
+        whole = Part()
+        for name, one in self._own_sources():
+            part = one.own()
+            whole.items += part.items
+            whole.plain[name] = part.plain
+        return whole
+
+    def take_back(self, plain: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Put back what `own` gave: plain data by name, and private tensors by key. Raises `MismatchedState`."""
+        sources = dict(self._own_sources())
+        if sources.keys() != plain.keys():
+            raise MismatchedState(
+                f"at that boundary {', '.join(sorted(plain)) or 'nothing'} was tracked, and now "
+                f"{', '.join(sorted(sources)) or 'nothing'} is"
+            )
+        for name, one in sources.items():
+            one.take_back(plain[name], {key: found for key, found in tensors.items() if key.startswith(f"{name}.")})
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """Of the optimizers' states. Where they are the same, the tensors that ranks share are usually the same."""
+        return [one.size for one in self._objects.values() if isinstance(one, OptimizerState)]
+
     @property
     def names(self) -> set[str]:
         return set(self._objects)
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        return [one.module for one in self._objects.values() if isinstance(one, ModuleState)]
 
     @property
     def rebuilds_buckets(self) -> bool:
@@ -145,6 +176,11 @@ class Tracked:
             if isinstance(one, ModuleState)
             for key, tensor in one.tensors()
         }
+
+    def _own_sources(self) -> Iterator[tuple[str, OwnSource]]:
+        for name, one in self._objects.items():
+            if isinstance(one, ModuleState | OptimizerState | ObjectState):
+                yield name, one
 
     def _source(self, name: str, found: Stateful) -> Source:
         if isinstance(found, nn.Module):

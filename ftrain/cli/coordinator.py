@@ -36,6 +36,7 @@ def coordinator(
     rdzv_id: Annotated[str, typer.Option("--rdzv-id", "--rdzv_id", help="Name of the run.")] = "run",
     max_restarts: Annotated[int | None, typer.Option("--max-restarts", "--max_restarts", help="As in launch.")] = None,
     checkpoint_every: Annotated[str, typer.Option("--checkpoint-every", help="As in launch.")] = "60s",
+    snapshot_every: Annotated[str, typer.Option("--snapshot-every", help="As in launch.")] = "10s",
     keep: Annotated[int, typer.Option("--keep", help="As in launch.")] = 2,
     wait_for_node: Annotated[str, typer.Option("--wait-for-node", help="As in launch.")] = "10m",
     lease: Annotated[str, typer.Option("--lease", help="As in launch.")] = "10s",
@@ -47,7 +48,7 @@ def coordinator(
         rdzv_id,
         FormationPolicy(low, high, options.seconds(wait_for_node, "--wait-for-node")),
         RestartPolicy(max_restarts=max_restarts),
-        options.checkpoints(checkpoint_every, keep),
+        options.checkpoints(checkpoint_every, keep, snapshot_every),
         options.some_seconds(lease, "--lease"),
         STOP_GRACE_SECONDS,
     )

@@ -87,6 +87,9 @@ def launch(
     checkpoint_every: Annotated[
         str, typer.Option("--checkpoint-every", help="Steps (100), time (30s, 5m), or off.")
     ] = "60s",
+    snapshot_every: Annotated[
+        str, typer.Option("--snapshot-every", help="In memory, between commits: steps (10), time (10s), or off.")
+    ] = "10s",
     keep: Annotated[int, typer.Option("--keep", help="Commits to keep.")] = 2,
     secret: Annotated[
         Path | None, typer.Option("--secret", help="The run's secret (`ftrain secret FILE`), for several nodes.")
@@ -131,7 +134,7 @@ def launch(
         secret_path=secret,
         role=role,
         restart=RestartPolicy(max_restarts=max_restarts),
-        checkpoint=options.checkpoints(checkpoint_every, keep),
+        checkpoint=options.checkpoints(checkpoint_every, keep, snapshot_every),
         grace_seconds=options.seconds(grace, "--grace"),
         wait_seconds=wait,
         lease_seconds=options.some_seconds(lease, "--lease"),

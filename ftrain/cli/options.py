@@ -88,17 +88,24 @@ def some_seconds(text: str, flag: str) -> float:
     return found
 
 
-def checkpoints(every: str, keep: int) -> CheckpointPolicy:
-    """`100` (steps), `30s`, `5m`, `1h`, or `off`."""
+def checkpoints(every: str, keep: int, snapshot_every: str) -> CheckpointPolicy:
+    """Both periods are `100` (steps), `30s`, `5m`, `1h`, or `off`."""
     if keep < 1:
         raise UsageError(f"--keep {keep}: at least the newest commit has to be kept")
+    steps, seconds_ = _period(every, "--checkpoint-every")
+    snapshot_steps, snapshot_seconds = _period(snapshot_every, "--snapshot-every")
+    return CheckpointPolicy(steps, seconds_, keep, snapshot_steps=snapshot_steps, snapshot_seconds=snapshot_seconds)
+
+
+def _period(every: str, flag: str) -> tuple[int, float]:
+    """In steps and in seconds: at most one of them is not zero."""
     if every in ("off", "0"):
-        return CheckpointPolicy(every_steps=0, every_seconds=0.0, keep=keep)
+        return 0, 0.0
     if every.isdigit():
-        return CheckpointPolicy(every_steps=int(every), every_seconds=0.0, keep=keep)
+        return int(every), 0.0
     if re.fullmatch(r"\d+(?:\.\d+)?[smh]", every):
-        return CheckpointPolicy(every_steps=0, every_seconds=some_seconds(every, "--checkpoint-every"), keep=keep)
-    raise UsageError(f"--checkpoint-every {every}: give a number of steps (100), a time (30s, 5m), or off")
+        return 0, some_seconds(every, flag)
+    raise UsageError(f"{flag} {every}: give a number of steps (100), a time (30s, 5m), or off")
 
 
 def streams(text: str, count: int, flag: str) -> tuple[frozenset[int], frozenset[int]]:

@@ -20,13 +20,14 @@ class Stage(Enum):
     PROPOSED = "proposed"  # asked every node to arm
     ARMED = "armed"  # every node accepted: all ranks will snapshot at the same boundary
     SEALED = "sealed"  # every rank's snapshot is in its agent's arena
+    HELD = "held"  # sealed, and that is all that was wanted: it stays in the arenas
     PREPARED = "prepared"  # every rank's pack is durable; the manifest is being written
     RECORDING = "recording"  # the manifest is durable; the journal record is being written
     COMMITTED = "committed"
     ABORTED = "aborted"
 
 
-FINAL = frozenset({Stage.COMMITTED, Stage.ABORTED})
+FINAL = frozenset({Stage.HELD, Stage.COMMITTED, Stage.ABORTED})
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,7 @@ class Barrier:
     nodes: frozenset[str]
     ranks: frozenset[int]
     hold: bool = False  # workers wait at the boundary for a verdict
+    persist: bool = True  # False: it is over once it is sealed
     stage: Stage = Stage.PROPOSED
     accepted: frozenset[str] = frozenset()
     sealed: frozenset[int] = frozenset()
@@ -146,6 +148,11 @@ class AllArmed:
 
 
 @dataclass(frozen=True, slots=True)
+class AllSealed:
+    """Every rank's snapshot is in its agent's arena: the run can go on from it for as long as the arenas are there."""
+
+
+@dataclass(frozen=True, slots=True)
 class Publish:
     """Write the manifest durably, then answer with `Published`."""
 
@@ -165,7 +172,7 @@ class AnnounceAbort:
     pass
 
 
-Action = AllArmed | Publish | WriteCommit | AnnounceCommit | AnnounceAbort
+Action = AllArmed | AllSealed | Publish | WriteCommit | AnnounceCommit | AnnounceAbort
 Result = tuple[Barrier, tuple[Action, ...]]
 
 
@@ -205,7 +212,10 @@ def _seal(state: Barrier, event: RankSealed) -> Result:
 def _seal_if_complete(state: Barrier) -> Result:
     if state.stage is not Stage.ARMED or state.sealed != state.ranks:
         return state, ()
-    return _prepare_if_complete(replace(state, stage=Stage.SEALED))
+    if not state.persist:
+        return replace(state, stage=Stage.HELD), (AllSealed(),)
+    state, actions = _prepare_if_complete(replace(state, stage=Stage.SEALED))
+    return state, (AllSealed(), *actions)
 
 
 def _prepare(state: Barrier, event: RankPrepared) -> Result:

@@ -44,8 +44,9 @@ class GenerationBody(msgspec.Struct, frozen=True, tag="generation", tag_field="k
     generation: int
     world_size: int
     members: tuple[MemberRecord, ...]
-    resumes: Attempt | None
+    resumes: Attempt | None  # the newest commit at that time
     why: str = ""
+    line_step: int = -1  # what ranks that were alive went on from, -1 where all ranks were new
 
 
 class CommitBody(msgspec.Struct, frozen=True, tag="commit", tag_field="kind"):

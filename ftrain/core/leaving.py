@@ -10,6 +10,7 @@ from ftrain.core.run_state import Drain, Phase, State, Turn
 from ftrain.errors import ExitCode
 
 CLOSE_SECONDS = 10.0
+RECOVERING = (Phase.HALTING, Phase.SETTLING, Phase.PAUSING, Phase.FORMING, Phase.STARTING)
 
 
 def notice(turn: Turn, node: str, why: str, grace_seconds: float) -> None:
@@ -33,21 +34,29 @@ def notice(turn: Turn, node: str, why: str, grace_seconds: float) -> None:
         turn.set(cadence=replace(turn.state.cadence, retry_at=turn.now))  # that was no failure to rest from
     if state.phase is Phase.OPENING and why != "SIGINT" and not drain.nodes >= set(state.nodes):
         return  # the others go on, but nothing is decided about them before the history is ours
-    if state.phase in (Phase.OPENING, Phase.ADOPTING, Phase.FORMING, Phase.PAUSING):
+    if state.phase in (Phase.OPENING, Phase.ADOPTING, Phase.FORMING, Phase.PAUSING) and not goes_on_first(state):
         drained(turn)
     elif state.phase is Phase.RUNNING and not _worth_waiting(turn):
         _stop_all(turn)
 
 
+def goes_on_first(state: State) -> bool:
+    """Ranks stand still that can go on in place with what is there: the way to a last commit is short."""
+    halted = any(report.halted for report in map(state.report, state.members))
+    return halted and not (state.gone or state.scrapped) and state.phase is not Phase.ADOPTING
+
+
 def _worth_waiting(turn: Turn) -> bool:
-    """A last snapshot can be had: every rank is in its loop, and checkpoints are on."""
-    return rounds.can_snapshot(turn) and not turn.state.policy.checkpoint.off
+    """A last snapshot can be had: every rank is in its loop or will soon be again, and checkpoints are on."""
+    recovering = turn.state.line is not None and not turn.state.looping_since
+    return (rounds.can_snapshot(turn) or recovering) and not turn.state.policy.checkpoint.off
 
 
 def _stop_all(turn: Turn) -> None:
     state = turn.state
     generation = state.generation
     assert generation is not None
+    turn.set(scrapped=True)
     turn.enter(Phase.STOPPING, turn.now + state.policy.stop_grace_seconds + state.policy.lease_seconds)
     turn.to_members(m.Stop(state.term, generation.number, "the run is leaving", state.policy.stop_grace_seconds))
     rounds.feed(turn, commit.WorkersLost(generation.ranks, "the run is leaving"))
@@ -56,7 +65,8 @@ def _stop_all(turn: Turn) -> None:
 def expire(turn: Turn) -> None:
     """The grace of a notice, and the time for goodbyes."""
     state = turn.state
-    if state.drain is not None and turn.now >= state.drain.deadline and state.phase is Phase.RUNNING:
+    waits = state.phase is Phase.RUNNING or (state.phase in RECOVERING and (state.line or goes_on_first(state)))
+    if state.drain is not None and turn.now >= state.drain.deadline and waits:
         turn.log("out of time: leaving without a commit of the last step", "warning")
         turn.set(drain=replace(state.drain, deadline=float("inf")))
         _stop_all(turn)

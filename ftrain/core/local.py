@@ -2,14 +2,14 @@
 
 The agent gives a worker its `Boot` in the environment variable `FTRAIN_BOOT` (JSON). The worker sends the messages
 below to its agent over a Unix `SOCK_SEQPACKET` socket, one JSON object a packet; what it sent before it died is still
-read. Nothing comes the other way: the agent speaks through the control page.
+read. The agent speaks through the control page; only a halted worker is sent a packet, `Recover`.
 """
 
 from __future__ import annotations
 
 import msgspec
 
-from ftrain.core.messages import ErrorReport, Name, Resume, Text
+from ftrain.core.messages import ErrorReport, Line, Name, Resume, Text
 
 BOOT_VARIABLE = "FTRAIN_BOOT"
 PACKET_BYTES_MAX = 192 << 10
@@ -27,10 +27,22 @@ class Boot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     page_fd: int
     arena_fd: int
     channel_fd: int
+    box_fd: int  # the black box
     arena_bytes_max: int  # this rank's bound; 0 for none but the host's memory
     checkpoints: bool  # False: the run takes none
     resume: Resume | None  # the commit to start from, None for the beginning
     loopback: bool = False  # all nodes of the run are on this host: groups bind to loopback only
+    line: Line | None = None  # other ranks are alive, and this is what all go on from
+
+
+class Recover(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """For a halted worker: the generation in which it goes on, where its peers meet, and what from."""
+
+    generation: int
+    master_address: str
+    master_port: int
+    line: Line
+    resume: Resume | None
 
 
 class WorkerJoined(msgspec.Struct, frozen=True, tag="joined", tag_field="kind", forbid_unknown_fields=True):
@@ -43,6 +55,22 @@ class WorkerLooping(msgspec.Struct, frozen=True, tag="looping", tag_field="kind"
     step: int
     total_steps: int  # 0 for endless
     restore_seconds: float = 0.0
+    generation: int = 0  # the one that it is in its loop in
+
+
+class WorkerPlanned(msgspec.Struct, frozen=True, tag="planned", tag_field="kind", forbid_unknown_fields=True):
+    """What the worker holds of the shared state, as `messages.RunningRank` has it."""
+
+    shard: Name
+    replays: bool
+
+
+class WorkerHalted(msgspec.Struct, frozen=True, tag="halted", tag_field="kind", forbid_unknown_fields=True):
+    """The worker stands still, for its generation is over or its peers are gone."""
+
+    generation: int
+    live: int  # the step whose shared state is in its tensors, -1 for none
+    kept: tuple[int, ...]
 
 
 class WorkerSealed(msgspec.Struct, frozen=True, tag="sealed", tag_field="kind", forbid_unknown_fields=True):
@@ -70,4 +98,14 @@ class WorkerError(msgspec.Struct, frozen=True, tag="error", tag_field="kind", fo
     error: ErrorReport
 
 
-FromWorker = WorkerJoined | WorkerLooping | WorkerSealed | WorkerSealFailed | WorkerAtEnd | WorkerMetrics | WorkerError
+FromWorker = (
+    WorkerJoined
+    | WorkerLooping
+    | WorkerPlanned
+    | WorkerHalted
+    | WorkerSealed
+    | WorkerSealFailed
+    | WorkerAtEnd
+    | WorkerMetrics
+    | WorkerError
+)

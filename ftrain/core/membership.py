@@ -110,13 +110,51 @@ def form(
         asked = node.hello.node_rank if node.hello.node_rank >= 0 else policy.nodes_max
         return (asked, places.get(node.name, unplaced), node.joined_at, node.name)
 
+    # Whoever was there may have state that a newcomer would have to be given.
+    chosen = sorted(ready, key=lambda node: (node.name not in places, order(node)))[: policy.nodes_max]
+    chosen.sort(key=order)
     members: list[Member] = []
     first_rank = 0
-    for group_rank, node in enumerate(sorted(ready, key=order)[: policy.nodes_max]):
+    for group_rank, node in enumerate(_in_their_places(chosen, previous) or chosen):
         hello = node.hello
         members.append(Member(node.name, hello.node_rank, group_rank, first_rank, hello.processes))
         first_rank += hello.processes
     return Generation(number, tuple(members))
+
+
+def _in_their_places(nodes: list[Node], previous: Generation | None) -> list[Node] | None:
+    """The nodes in the order in which each stays where it was, and a newcomer takes the place of one that is gone.
+
+    None where that cannot be. With it, no rank that is alive has to become another.
+    """
+    if previous is None or len(nodes) != len(previous.members):
+        return None
+    by_name = {node.name: node for node in nodes}
+    newcomers = [node for node in nodes if previous.member(node.name) is None]
+    places: list[Node] = []
+    for member in previous.members:
+        node = by_name.get(member.node)
+        if node is None:
+            fitting = [one for one in newcomers if one.hello.processes == member.processes]
+            # Whoever asked for this very place, else whoever asked for none.
+            asked = [one for one in fitting if one.hello.node_rank == member.node_rank]
+            any_place = [one for one in fitting if one.hello.node_rank < 0]
+            node = next(iter((*asked, *any_place)), None)
+            if node is None:
+                return None
+            newcomers.remove(node)
+        places.append(node)
+    return places
+
+
+def same_places(one: Generation, other: Generation) -> bool:
+    """Whether each rank is on the same place in both: its node, or the node that follows that one."""
+    return [(member.first_rank, member.processes) for member in one.members] == [
+        (member.first_rank, member.processes) for member in other.members
+    ] and all(
+        before.node == after.node or (before.node not in other.nodes and after.node not in one.nodes)
+        for before, after in zip(one.members, other.members, strict=True)
+    )
 
 
 def replaces(newcomer: Hello, nodes: Iterable[Node]) -> Node | None:

@@ -7,6 +7,7 @@ list and a message have a bound (`Text`, `MESSAGE_BYTES_MAX`): a stranger must n
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Annotated
 
 import msgspec
@@ -18,6 +19,7 @@ RANKS_PER_NODE_MAX = 1024
 Name = Annotated[str, msgspec.Meta(max_length=256)]
 Text = Annotated[str, msgspec.Meta(max_length=TRACEBACK_CHARS_MAX)]
 Count = Annotated[int, msgspec.Meta(ge=0)]
+Boundaries = Annotated[tuple[Count, ...], msgspec.Meta(max_length=8)]
 
 
 class Attempt(msgspec.Struct, frozen=True, order=True, forbid_unknown_fields=True):
@@ -59,6 +61,9 @@ class RankExit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     error: ErrorReport | None = None
     unix_seconds: float = 0.0
     ordered: bool = False  # it was told to end: how it ended says nothing
+    kept: Boundaries = ()  # the boundaries whose private state outlived it
+    shard: Name = ""
+    replays: bool = False
 
     @property
     def failed(self) -> bool:
@@ -89,6 +94,12 @@ class RunningRank(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     phase: Count
     joined: bool = False  # it called ftrain.join()
     stall_seconds: float = 0.0  # what the newest snapshot held its training thread for
+    looped: bool = False  # it has been in its loop, in this generation or an earlier one: it can continue in place
+    halted: bool = False  # it stands still, and waits for the generation that it is to continue in
+    live: int = -1  # halted: the step whose shared state it has in its tensors, -1 where they are of no step
+    kept: Boundaries = ()  # halted: the boundaries whose private state is in its black box
+    shard: Name = ""  # equal for ranks that are replicas of each other; "" until it has planned a snapshot
+    replays: bool = False  # doing a step again by itself gives its private state of the step's end
 
 
 class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -104,6 +115,8 @@ class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     first_step: int = -1  # where the loop began
     total_steps: Count = 0  # 0 for endless or unknown
     at_end: bool = False  # every local worker finished its last step, and waits or waited for its snapshot
+    halted: bool = False  # what is alive of that generation stands still, and goes on in a later one or not at all
+    held: Annotated[tuple[Attempt, ...], msgspec.Meta(max_length=16)] = ()  # sealed here for all local ranks
 
 
 # ---------------------------------------------------------------------------------------------- agent -> coordinator
@@ -217,8 +230,29 @@ class Resume(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     manifest_sha256: Name  # as the journal has it: a restore proves that it reads what was committed
 
 
+class Tier(Enum):
+    """Where the state of a recovery line is."""
+
+    LIVE = "live"  # in the tensors of ranks that are alive
+    ARENA = "arena"  # in a snapshot that every rank's node still has
+    STORAGE = "storage"  # in a commit
+
+
+class Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The state that ranks which are alive and ranks which are forked anew go on from together."""
+
+    step: Count
+    tier: Tier
+    attempt: Attempt | None = None  # ARENA: the snapshot
+    copies: tuple[tuple[Count, Count], ...] = ()  # LIVE: (from, to): who gives its shared state to whom
+    replay: tuple[Count, ...] = ()  # LIVE: ranks that do the step before the line again, for their private state
+
+
 class Start(msgspec.Struct, frozen=True, tag="start", tag_field="kind", forbid_unknown_fields=True):
-    """Fork this generation's workers: `processes` of them, from rank `first_rank`."""
+    """Fork this generation's workers: `processes` of them, from rank `first_rank`, but for the `survivors`.
+
+    Those are alive, stand still, and go on in place; with them, everybody goes on from `line`.
+    """
 
     term: Count
     generation: Count
@@ -232,6 +266,8 @@ class Start(msgspec.Struct, frozen=True, tag="start", tag_field="kind", forbid_u
     restarts: Count
     max_restarts: Count
     resume: Resume | None
+    line: Line | None = None  # None: all ranks are new, and go on from `resume`
+    survivors: tuple[Count, ...] = ()  # of this node
 
 
 class Prepare(msgspec.Struct, frozen=True, tag="prepare", tag_field="kind", forbid_unknown_fields=True):
@@ -250,12 +286,22 @@ class Stop(msgspec.Struct, frozen=True, tag="stop", tag_field="kind", forbid_unk
     grace_seconds: float
 
 
+class Halt(msgspec.Struct, frozen=True, tag="halt", tag_field="kind", forbid_unknown_fields=True):
+    """The generation is over. Workers that have been in their loop are to stand still, others are stopped."""
+
+    term: Count
+    generation: Count
+    why: Text
+
+
 class Arm(msgspec.Struct, frozen=True, tag="arm", tag_field="kind", forbid_unknown_fields=True):
     """Snapshot at the boundary where `attempt.step` steps are done. With `hold`, wait there for a `Verdict`."""
 
     term: Count
     attempt: Attempt
     hold: bool = False
+    persist: bool = True  # False: it stays in the arenas
+    line: Attempt | None = None  # the newest snapshot that all ranks have sealed: its slot must stay as it is
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort", tag_field="kind", forbid_unknown_fields=True):
@@ -299,5 +345,5 @@ class Tell(msgspec.Struct, frozen=True, tag="tell", tag_field="kind", forbid_unk
 
 
 FromCoordinator = (
-    Welcome | Declined | Prepare | Start | Stop | Arm | Abort | Committed | Verdict | Release | Leave | Tell
+    Welcome | Declined | Prepare | Start | Stop | Halt | Arm | Abort | Committed | Verdict | Release | Leave | Tell
 )

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import msgspec
+
 from ftrain.core import local, recovery
 from ftrain.core import messages as m
 from ftrain.core.node_state import (
@@ -18,6 +20,7 @@ from ftrain.core.node_state import (
     Beat,
     CancelPersist,
     Connected,
+    Continue,
     Disarmed,
     DisarmPages,
     Disconnected,
@@ -27,12 +30,14 @@ from ftrain.core.node_state import (
     Forked,
     HostStore,
     Kill,
+    KillRanks,
     Pages,
     Persist,
     Persisted,
     PersistFailed,
     Reconnect,
     ReleasePages,
+    RevokePages,
     Said,
     Send,
     SetVerdict,
@@ -64,6 +69,7 @@ __all__ = [
     "Beat",
     "CancelPersist",
     "Connected",
+    "Continue",
     "DisarmPages",
     "Disarmed",
     "Disconnected",
@@ -73,12 +79,14 @@ __all__ = [
     "Forked",
     "HostStore",
     "Kill",
+    "KillRanks",
     "Pages",
     "Persist",
     "PersistFailed",
     "Persisted",
     "Reconnect",
     "ReleasePages",
+    "RevokePages",
     "Said",
     "Send",
     "SetVerdict",
@@ -177,8 +185,10 @@ def _said(turn: Turn, message: m.FromCoordinator) -> None:
             _start(turn, message)
         case m.Stop(generation=generation, grace_seconds=grace):
             _stop(turn, generation, grace)
-        case m.Arm(attempt=attempt, hold=hold):
-            _arm(turn, attempt, hold)
+        case m.Halt(generation=generation):
+            _halt(turn, generation)
+        case m.Arm():
+            _arm(turn, message)
         case m.Abort(attempt=attempt):
             _abort(turn, attempt)
         case m.Committed(attempt=attempt):
@@ -222,20 +232,76 @@ def _ranks(state: State) -> tuple[int, ...]:
 
 def _start(turn: Turn, start: m.Start) -> None:
     state = turn.state
-    if start.generation <= state.generation or state.alive or state.leave is not None:
+    survivors = {rank: worker for rank, worker in state.workers.items() if rank in start.survivors}
+    others = [worker.rank for worker in state.alive if worker.rank not in survivors]
+    if start.generation <= state.generation or others or state.leave is not None or (survivors and state.stopping):
         return
     ranks = range(start.first_rank, start.first_rank + state.hello.processes)
+    # A survivor that died since says so in the report of the generation that it was to go on in.
+    workers = {rank: _going_on(worker, start.generation) for rank, worker in survivors.items()}
+    for place, rank in enumerate(ranks):
+        if rank not in workers:
+            workers[rank] = _successor(Worker(rank, place, start.generation), state, start)
     turn.set(
         generation=start.generation,
         start=start,
         stopping=False,
-        workers={rank: Worker(rank, place) for place, rank in enumerate(ranks)},
-        snapshot=None,
-        attempt_seen=0,
-        committed=start.resume.attempt.step if start.resume is not None else 0,
-        filling={},
+        halting=False,
+        halt_until=float("inf"),
+        workers=dict(sorted(workers.items())),
     )
-    turn.do(Fork(start))
+    if start.line is None:
+        # Nobody goes on with what arenas hold, or with an attempt of before.
+        committed = start.resume.attempt.step if start.resume is not None else 0
+        turn.set(snapshot=None, held={}, attempt_seen=0, committed=committed, filling={})
+    alive = tuple(rank for rank, worker in survivors.items() if worker.exit is None)
+    if alive:
+        turn.do(Continue(start, alive))
+    if forked := tuple(rank for rank in ranks if rank not in survivors):
+        turn.do(Fork(start, forked))
+    if len(alive) < len(survivors):
+        turn.changed()
+
+
+def _going_on(worker: Worker, generation: int) -> Worker:
+    return replace(worker, generation=generation, looping=None, halted=None, at_end=False)
+
+
+def _successor(worker: Worker, state: State, start: m.Start) -> Worker:
+    """In place it takes over the very part that the one before it had."""
+    before = state.workers.get(worker.rank) if start.line is not None else None
+    return replace(worker, shard=before.shard, replays=before.replays) if before is not None else worker
+
+
+def _halt(turn: Turn, generation: int) -> None:
+    """What has been in its loop is to stand still; what has not has nothing that is worth keeping."""
+    state = turn.state
+    if generation < state.generation or state.stopping:
+        return
+    if generation > state.generation:
+        _pass_over(turn, generation)
+    if not turn.state.halting:
+        turn.set(halting=True, halt_until=turn.now + state.halt_seconds)
+    alive = turn.state.alive
+    _kill(turn, tuple(worker.rank for worker in alive if not worker.looped))
+    if moving := tuple(worker.rank for worker in alive if worker.looped and not worker.halted):
+        turn.do(RevokePages(generation, moving))
+    turn.changed()
+
+
+def _kill(turn: Turn, ranks: tuple[int, ...]) -> None:
+    for rank in ranks:
+        turn.worker(rank, killed=True)
+    if ranks:
+        turn.do(KillRanks(ranks))
+
+
+def _pass_over(turn: Turn, generation: int) -> None:
+    """The generation's Start never came, and must not be obeyed any more. What ended before it has been judged."""
+    for worker in tuple(turn.state.workers.values()):
+        if worker.exit is not None:
+            turn.worker(worker.rank, exit=msgspec.structs.replace(worker.exit, ordered=True))
+    turn.set(generation=generation)
 
 
 def _stop(turn: Turn, generation: int, grace: float) -> None:
@@ -243,18 +309,19 @@ def _stop(turn: Turn, generation: int, grace: float) -> None:
     if generation < state.generation:
         return
     if generation > state.generation and not state.alive:
-        # Its Start never came, and must not be obeyed any more.
-        turn.set(generation=generation, start=None, workers={}, snapshot=None, stopping=True)
+        _pass_over(turn, generation)
+        turn.set(start=None, snapshot=None, stopping=True, halting=False)
     elif not state.stopping:
-        turn.set(stopping=True)
+        _pass_over(turn, generation)
+        turn.set(stopping=True, halting=False)
         if state.alive:
             turn.do(Kill(grace))
     turn.changed()
 
 
-def _arm(turn: Turn, attempt: m.Attempt, hold: bool) -> None:
+def _arm(turn: Turn, message: m.Arm) -> None:
     state = turn.state
-    snapshot = state.snapshot
+    attempt, snapshot = message.attempt, state.snapshot
     if snapshot is not None and snapshot.attempt == attempt:
         _repeat(turn)
         return
@@ -265,17 +332,20 @@ def _arm(turn: Turn, attempt: m.Attempt, hold: bool) -> None:
         return
     turn.set(attempt_seen=attempt.number)
     busy = {*(slot for _, slot in state.filling.values()), *state.writing.values()}
-    if snapshot is not None:
+    # What the run would go on from stays as it is until there is something newer.
+    busy |= {slot for slot, held in state.held.items() if held == message.line}
+    if snapshot is not None and len(snapshot.sealed) < len(state.workers):
         busy.add(snapshot.slot)
     free = [slot for slot in range(SLOTS) if slot not in busy]
     looping = all(worker.looping for worker in state.workers.values())
-    if state.stopping or len(state.alive) != len(state.workers) or not looping:
+    if state.stopping or state.halting or len(state.alive) != len(state.workers) or not looping:
         turn.send(m.ArmReply(attempt, False, -1, "not all of its workers are in their loop"))
     elif not free:
         turn.send(m.ArmReply(attempt, False, -1, "an earlier snapshot is still being written"))
     else:
-        turn.set(snapshot=Snapshot(attempt, free[0], hold))
-        turn.do(ArmPages(attempt, free[0], hold, _ranks(state)))
+        held = {slot: held for slot, held in state.held.items() if slot != free[0]}
+        turn.set(snapshot=Snapshot(attempt, free[0], message.hold, message.persist), held=held)
+        turn.do(ArmPages(attempt, free[0], message.hold, _ranks(state)))
 
 
 def _armed(turn: Turn, event: Armed) -> None:
@@ -350,9 +420,18 @@ def _worker_said(turn: Turn, rank: int, message: local.FromWorker) -> None:
         case local.WorkerJoined():
             turn.worker(rank, joined=True)
         case local.WorkerLooping():
-            turn.worker(rank, looping=message)
+            if message.generation not in (0, state.generation):
+                return  # it was revoked since
+            turn.worker(rank, looping=message, looped=True)
             if all(worker.looping for worker in turn.state.workers.values()):
                 turn.changed()
+        case local.WorkerPlanned(shard, replays):
+            turn.worker(rank, shard=shard, replays=replays)
+        case local.WorkerHalted(generation):
+            if generation == state.workers[rank].generation:
+                turn.worker(rank, halted=message, looping=None)
+                if not state.halting or all(worker.halted for worker in turn.state.alive):
+                    turn.changed()
         case local.WorkerAtEnd():
             turn.worker(rank, at_end=True)
             if all(worker.at_end for worker in turn.state.workers.values()):
@@ -361,12 +440,7 @@ def _worker_said(turn: Turn, rank: int, message: local.FromWorker) -> None:
             turn.worker(rank, stall_seconds=stall_seconds)
             _unfill(turn, rank)
             if snapshot is not None and snapshot.attempt.number == number and rank not in snapshot.sealed:
-                turn.set(
-                    snapshot=replace(snapshot, sealed=snapshot.sealed | {rank}),
-                    writing={**turn.state.writing, (snapshot.attempt, rank): snapshot.slot},
-                )
-                turn.send(m.Sealed(snapshot.attempt, rank))
-                turn.do(Persist(snapshot.attempt, rank, snapshot.slot))
+                _sealed(turn, snapshot, rank)
         case local.WorkerSealFailed(number, cause):
             _unfill(turn, rank)
             if snapshot is not None and snapshot.attempt.number == number:
@@ -377,6 +451,17 @@ def _worker_said(turn: Turn, rank: int, message: local.FromWorker) -> None:
             turn.worker(rank, error=error)
 
 
+def _sealed(turn: Turn, snapshot: Snapshot, rank: int) -> None:
+    sealed = snapshot.sealed | {rank}
+    turn.set(snapshot=replace(snapshot, sealed=sealed))
+    if sealed >= set(turn.state.workers):
+        turn.set(held={**turn.state.held, snapshot.slot: snapshot.attempt})
+    turn.send(m.Sealed(snapshot.attempt, rank))
+    if snapshot.persist:
+        turn.set(writing={**turn.state.writing, (snapshot.attempt, rank): snapshot.slot})
+        turn.do(Persist(snapshot.attempt, rank, snapshot.slot))
+
+
 def _unfill(turn: Turn, rank: int) -> None:
     turn.set(filling={key: place for key, place in turn.state.filling.items() if key != rank})
 
@@ -385,26 +470,23 @@ def _exited(turn: Turn, exit: m.RankExit) -> None:
     worker = turn.state.workers.get(exit.rank)
     if worker is None or worker.pid != exit.pid or worker.exit is not None:
         return
-    ordered = turn.state.stopping
-    turn.worker(exit.rank, exit=_with(exit, worker.error, ordered))
+    ordered = turn.state.stopping or worker.killed
+    turn.worker(exit.rank, exit=_with(exit, worker, ordered))
     _unfill(turn, exit.rank)
     turn.changed()
 
 
-def _with(exit: m.RankExit, error: m.ErrorReport | None, ordered: bool) -> m.RankExit:
+def _with(exit: m.RankExit, worker: Worker, ordered: bool) -> m.RankExit:
     # An exception that was under way when the order came is still the worker's own.
+    error = worker.error or exit.error
     own = error is not None and error.unix_seconds > 0 and not exit.signal
-    return m.RankExit(
-        exit.rank,
-        exit.local_rank,
-        exit.pid,
-        exit.code,
-        exit.signal,
-        exit.step,
-        exit.phase,
-        error,
-        error.unix_seconds if error is not None and error.unix_seconds else exit.unix_seconds,
-        ordered and not own,
+    return msgspec.structs.replace(
+        exit,
+        error=error,
+        unix_seconds=error.unix_seconds if error is not None and error.unix_seconds else exit.unix_seconds,
+        ordered=ordered and not own,
+        shard=worker.shard,
+        replays=worker.replays,
     )
 
 
@@ -457,6 +539,9 @@ def _beat(turn: Turn) -> None:
     turn.set(beat=state.beat + 1)
     turn.send(m.Heartbeat(state.beat + 1, turn.report()))
     _repeat(turn)
+    if state.halting and turn.now >= state.halt_until:
+        turn.set(halt_until=float("inf"))
+        _kill(turn, tuple(worker.rank for worker in state.alive if not worker.halted))
     if state.notice and turn.now >= state.notice_until:
         _leave_alone(turn, LEFT_ON[state.notice], "out of time")
     elif not state.connected and turn.now - state.lost_at >= state.coordinator_wait_seconds:

@@ -17,12 +17,18 @@ Pages = Mapping[int, tuple[int, int]]  # rank -> (steps finished, phase), read j
 class Worker:
     rank: int
     local_rank: int
+    generation: int = 0  # the one that it was last told to take part in
     pid: int = 0
     joined: bool = False
-    looping: local.WorkerLooping | None = None
+    looping: local.WorkerLooping | None = None  # in the present generation
+    looped: bool = False  # in this one or in an earlier one
+    halted: local.WorkerHalted | None = None
+    shard: str = ""
+    replays: bool = False
     at_end: bool = False
     stall_seconds: float = 0.0
     error: m.ErrorReport | None = None
+    killed: bool = False  # by its agent: how it ends says nothing
     exit: m.RankExit | None = None
 
 
@@ -33,6 +39,7 @@ class Snapshot:
     attempt: m.Attempt
     slot: int
     hold: bool
+    persist: bool = True
     sealed: frozenset[int] = frozenset()
     packs: tuple[m.PackRecord, ...] = ()
     failures: tuple[m.AttemptFailed, ...] = ()
@@ -43,6 +50,7 @@ class Snapshot:
 class State(msgspec.Struct, frozen=True):  # not a dataclass: it is replaced many times an event, and this one is quick
     hello: m.Hello
     grace_seconds: float = 25.0
+    halt_seconds: float = 10.0
     coordinator_wait_seconds: float = 600.0
     term: int = 0
     connected: bool = False
@@ -52,8 +60,11 @@ class State(msgspec.Struct, frozen=True):  # not a dataclass: it is replaced man
     generation: int = 0
     start: m.Start | None = None
     stopping: bool = False
+    halting: bool = False  # the generation is over, but what can go on in place is alive
+    halt_until: float = float("inf")  # workers that do not stand still by then are killed
     workers: Mapping[int, Worker] = {}
     snapshot: Snapshot | None = None
+    held: Mapping[int, m.Attempt] = {}  # slot -> the snapshot that is sealed in it for all local ranks
     attempt_seen: int = 0
     committed: int = 0  # the step of the newest commit that this node has heard of, 0 for none
     # Ranks that may still write the snapshot of a dead attempt: rank -> (that attempt's step, slot).
@@ -191,9 +202,33 @@ class Reconnect:
 
 @dataclass(frozen=True, slots=True)
 class Fork:
-    """Fork the generation's workers, answer each with `Forked`, later with `WorkerExited`."""
+    """Fork workers for these ranks of the generation, answer each with `Forked`, later with `WorkerExited`."""
 
     start: m.Start
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Continue:
+    """Tell these living ranks that they go on in the generation of `start`."""
+
+    start: m.Start
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RevokePages:
+    """The generation is over: these ranks are to stand still, wherever they are."""
+
+    generation: int
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KillRanks:
+    """End these workers at once."""
+
+    ranks: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,6 +297,9 @@ Action = (
     Send
     | Reconnect
     | Fork
+    | Continue
+    | RevokePages
+    | KillRanks
     | Kill
     | ArmPages
     | DisarmPages
@@ -313,14 +351,11 @@ def report(state: State, pages: Pages) -> m.Report:
     workers = state.workers.values()
     loops = [worker.looping for worker in workers if worker.looping is not None]
     alive = state.alive
-    ranks = tuple(
-        m.RunningRank(w.rank, w.local_rank, w.pid, *pages.get(w.rank, (-1, 0)), w.joined, w.stall_seconds)
-        for w in alive
-    )
+    ranks = tuple(_running(worker, *pages.get(worker.rank, (-1, 0))) for worker in alive)
     return m.Report(
         version=state.version,
         generation=state.generation,
-        stopped=not alive and (state.stopping or state.start is None),
+        stopped=not alive and (state.stopping or state.halting or state.start is None),
         attempt_seen=state.attempt_seen,
         ranks=ranks,
         exits=tuple(worker.exit for worker in workers if worker.exit is not None),
@@ -328,6 +363,27 @@ def report(state: State, pages: Pages) -> m.Report:
         first_step=min((loop.step for loop in loops), default=-1),
         total_steps=max((loop.total_steps for loop in loops), default=0),
         at_end=bool(workers) and all(worker.at_end for worker in workers),
+        halted=state.halting and bool(alive) and all(worker.halted for worker in alive),
+        held=tuple(sorted(state.held.values())),
+    )
+
+
+def _running(worker: Worker, step: int, phase: int) -> m.RunningRank:
+    halted = worker.halted
+    return m.RunningRank(
+        worker.rank,
+        worker.local_rank,
+        worker.pid,
+        step,
+        phase,
+        worker.joined,
+        worker.stall_seconds,
+        worker.looped,
+        halted is not None,
+        halted.live if halted is not None else -1,
+        halted.kept if halted is not None else (),
+        worker.shard,
+        worker.replays,
     )
 
 

@@ -34,6 +34,7 @@ class Field(IntEnum):
     ARMED_HOLD = 35  # 1: wait at that boundary until VERDICT names the attempt
     VERDICT = 36  # attempt number: go on; its negative: leave now
     RELEASE = 37  # 1: do not wait for a last snapshot, end
+    REVOKED = 39  # the newest generation that is over: whoever is in it stands still
     EVENT = 38  # counts up, and is woken as a futex, after any of the above changed: what a waiting worker waits on
 
 
@@ -49,6 +50,7 @@ class Phase(IntEnum):
     HOLD = 6  # at a boundary, waiting for the agent's verdict
     LAST = 7  # all steps done, waiting for the last snapshot to be armed
     DONE = 8
+    HALTED = 9  # its generation is over: waiting for the one that it goes on in
 
 
 class Collective(IntEnum):

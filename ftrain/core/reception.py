@@ -11,6 +11,8 @@ from ftrain.core.run_state import Measured, Phase, State, Turn
 from ftrain.core.supervision import Failure, FailureClass
 from ftrain.errors import ExitCode
 
+IN_PLACE = (Phase.STARTING, Phase.RUNNING, Phase.HALTING)  # where halted workers of a generation before may be needed
+
 
 def received(turn: Turn, name: str, message: m.FromAgent) -> None:
     if isinstance(message, m.Hello):
@@ -120,12 +122,15 @@ def resync(turn: Turn, node: str, report: m.Report) -> None:
     generation = state.generation
     member = generation.member(node) if generation is not None else None
     if generation is None or report.generation != generation.number:
-        if report.generation and not report.stopped:
+        goes_on = report.halted and member is not None and state.survivors.intersection(member.ranks)
+        if report.generation and not report.stopped and not (goes_on and state.phase in IN_PLACE):
             stop_node(turn, node, report.generation, "its generation is over")
         elif state.phase is Phase.RUNNING and member is not None:
             start_node(turn, member)
         elif state.phase is Phase.STOPPING and member is not None:
             stop_node(turn, node, state.number, "its generation is over")  # that it must not start
+        elif state.phase is Phase.HALTING and member is not None:
+            halt_node(turn, node, state.number, "its generation is over")
         elif state.phase is Phase.STARTING and member is not None and member.group_rank == 0 and state.store is None:
             turn.send(node, m.Prepare(state.term, state.number))
         return
@@ -135,18 +140,26 @@ def resync(turn: Turn, node: str, report: m.Report) -> None:
         if exit.rank in member.ranks and exit.rank not in turn.state.exits:
             turn.set(exits={**turn.state.exits, exit.rank: (node, exit)})
             rounds.feed(turn, commit.WorkersLost(frozenset({exit.rank}), supervision.explain(node, exit).summary))
-    if state.phase in (Phase.STOPPING, Phase.FORMING, Phase.PAUSING, Phase.SETTLING) and not report.stopped:
+    kept = report.halted and not state.scrapped
+    over = state.phase in (Phase.FORMING, Phase.PAUSING, Phase.SETTLING) and not kept
+    if (state.phase is Phase.STOPPING or over) and not report.stopped:
         stop_node(turn, node, report.generation, "its generation is over")
+    elif state.phase is Phase.HALTING and not (report.stopped or report.halted):
+        halt_node(turn, node, report.generation, "its generation is over")
     if report.at_end and state.phase is Phase.RUNNING and any(exit.ok for _, exit in turn.state.exits.values()):
         turn.send(node, m.Release(state.term, state.number))  # as others were: this node's own was lost
     barrier = turn.state.barrier
     if barrier is not None and barrier.stage is commit.Stage.PROPOSED and node not in barrier.accepted:
-        turn.send(node, m.Arm(state.term, barrier.attempt, barrier.hold))
+        turn.send(node, m.Arm(state.term, barrier.attempt, barrier.hold, barrier.persist, state.held))
 
 
 def stop_node(turn: Turn, node: str, generation: int, why: str) -> None:
     state = turn.state
     turn.send(node, m.Stop(state.term, generation, why, state.policy.stop_grace_seconds))
+
+
+def halt_node(turn: Turn, node: str, generation: int, why: str) -> None:
+    turn.send(node, m.Halt(turn.state.term, generation, why))
 
 
 def start_node(turn: Turn, member: Member) -> None:
@@ -169,6 +182,8 @@ def start_node(turn: Turn, member: Member) -> None:
             state.budget.restarts,
             state.policy.restart.max_restarts or 0,
             state.resume,
+            state.line,
+            tuple(sorted(state.survivors.intersection(member.ranks))),
         ),
     )
 
@@ -198,7 +213,8 @@ def lose(turn: Turn, name: str, why: str) -> None:
         return
     turn.set(gone=state.gone | {name})
     rounds.feed(turn, commit.ArenasLost(frozenset(member.ranks), why))
-    if state.failure is None and state.phase in (Phase.RUNNING, Phase.STARTING, Phase.STOPPING) and state.drain is None:
+    phases = (Phase.RUNNING, Phase.STARTING, Phase.HALTING, Phase.STOPPING)
+    if state.failure is None and state.phase in phases and state.drain is None:
         turn.set(failure=Failure(FailureClass.NODE, name, why))
 
 

@@ -10,13 +10,17 @@ from ftrain.core.commit import Barrier
 from ftrain.core.run_state import Discard, Phase, Publish, State, Turn
 
 LAST_TRIES = 4  # to commit the last state, before the run ends without it
+GAVE_WAY = "a snapshot in memory is due before"
 
 
 def propose(turn: Turn) -> None:
     """Propose the next attempt if one is due, none is under way, and every node's workers are in their loop."""
     state = turn.state
-    if state.phase is not Phase.RUNNING or state.barrier is not None or not state.recorded or not can_snapshot(turn):
+    if state.phase is not Phase.RUNNING or not state.recorded or not can_snapshot(turn):
         return
+    if state.barrier is not None and not _given_way(turn, state.barrier):
+        return
+    state = turn.state
     generation = state.generation
     assert generation is not None
     drain = state.drain
@@ -25,6 +29,7 @@ def propose(turn: Turn) -> None:
     reports = [state.report(node) for node in state.members]
     total = _total(state)
     done = _last_is_committed(state)
+    persist = True
     if all(report.at_end for report in reports):
         step, hold = total, False
         if done or state.cadence.last_tries >= LAST_TRIES:
@@ -40,12 +45,12 @@ def propose(turn: Turn) -> None:
                 return  # its workers are on their way out
             step, hold = total, False
     else:
-        if state.policy.checkpoint.off or turn.now < state.cadence.due:
-            return
-        found = schedule.next_step(state.policy.checkpoint, state.cadence, state.furthest, total)
+        found = schedule.next_proposal(state.policy.checkpoint, state.cadence, state.furthest, total, turn.now)
         if found is None:
             return
-        step, hold = found, False
+        step, hold, persist = found.step, False, found.persist
+        if found.put_off and not state.cadence.put_off:
+            turn.set(cadence=replace(state.cadence, put_off=found.put_off))
     number = state.attempts + 1
     attempt = m.Attempt(generation.number, step, number)
     barrier = Barrier(
@@ -53,10 +58,26 @@ def propose(turn: Turn) -> None:
         generation.nodes,
         generation.ranks,
         hold,
+        persist,
         deadline=turn.now + state.policy.checkpoint.attempt_seconds,
     )
     turn.set(barrier=barrier, attempts=number)
-    turn.to_members(m.Arm(state.term, attempt, hold))
+    turn.to_members(m.Arm(state.term, attempt, hold, persist, state.held))
+
+
+def _given_way(turn: Turn, barrier: Barrier) -> bool:
+    """A commit that is armed for a step far ahead is taken back where a snapshot is due before."""
+    state = turn.state
+    if barrier.stage is not commit.Stage.ARMED or barrier.hold or barrier.sealed:
+        return False
+    ran = turn.now - state.looping_since
+    first = min((state.report(node).first_step for node in state.members), default=0)
+    ahead = (state.furthest - first) / ran * 2 * state.policy.heartbeat_seconds if ran > 0 else 0.0
+    reached = state.furthest + ahead  # what is known of it is as old as the newest report
+    if not schedule.gives_way(state.policy.checkpoint, state.cadence, barrier.attempt.step, reached, turn.now):
+        return False
+    feed(turn, commit.Expired(GAVE_WAY))
+    return True
 
 
 def can_snapshot(turn: Turn) -> bool:
@@ -78,6 +99,8 @@ def feed(turn: Turn, event: commit.Event) -> None:
         match action:
             case commit.AllArmed():
                 _all_armed(turn, barrier)
+            case commit.AllSealed():
+                _all_sealed(turn, barrier)
             case commit.Publish():
                 turn.do(Publish(barrier.attempt, len(barrier.ranks), barrier.packs))
             case commit.WriteCommit():
@@ -152,6 +175,13 @@ def _all_armed(turn: Turn, barrier: Barrier) -> None:
     turn.to_members(m.Verdict(turn.state.term, barrier.attempt, leave))
 
 
+def _all_sealed(turn: Turn, barrier: Barrier) -> None:
+    cadence = schedule.after_snapshot(turn.state.policy.checkpoint, turn.state.cadence, turn.now)
+    turn.set(held=barrier.attempt, cadence=cadence)
+    if barrier.stage is commit.Stage.HELD:
+        turn.set(barrier=None, cadence=schedule.after_hold(cadence, barrier.attempt.step))
+
+
 def _committed(turn: Turn, barrier: Barrier) -> None:
     state = turn.state
     cadence = schedule.after_commit(state.policy.checkpoint, state.cadence, barrier.attempt.step, turn.now)
@@ -175,14 +205,18 @@ def _aborted(turn: Turn, barrier: Barrier) -> None:
     refused = barrier.refused_step >= 0 and not last  # after the last step there is no later one to try
     if refused:
         cadence = schedule.after_refusal(state.cadence, barrier.refused_step)
+    elif barrier.cause == GAVE_WAY:
+        cadence = state.cadence
     else:
         cadence = schedule.after_failure(state.cadence, turn.now, barrier.cause, last)
     turn.set(barrier=None, cadence=cadence)
     turn.to_members(m.Abort(state.term, barrier.attempt, barrier.cause))
     if barrier.hold and barrier.accepted != barrier.nodes:  # else they were told to leave, and that stands
         turn.to_members(m.Verdict(state.term, barrier.attempt, leave=False))
-    turn.do(Discard(barrier.attempt))
-    if not refused and state.phase is Phase.RUNNING:
+    if barrier.persist:
+        turn.do(Discard(barrier.attempt))
+    if not refused and barrier.cause != GAVE_WAY and state.phase is Phase.RUNNING:
         step = barrier.attempt.step
         stands = recovery.standing(state.history, state.suspects)
-        turn.log(f"checkpoint of step {step} given up: {barrier.cause}; {stands}", "warning")
+        what = "checkpoint" if barrier.persist else "snapshot"
+        turn.log(f"{what} of step {step} given up: {barrier.cause}; {stands}", "warning")

@@ -26,6 +26,7 @@ class Phase(Enum):
     FORMING = "waiting for nodes"
     STARTING = "starting workers"
     RUNNING = "running"
+    HALTING = "halting workers"
     STOPPING = "stopping workers"
     SETTLING = "waiting for a checkpoint to settle"
     PAUSING = "pausing before a restart"
@@ -46,6 +47,7 @@ class RunPolicy:
     lease_seconds: float = 10.0
     heartbeat_seconds: float = 1.0
     settle_seconds: float = 60.0  # how long a restart waits for a checkpoint that may still commit
+    halt_seconds: float = 20.0  # for workers to stand still; agents kill those of theirs that do not
     stop_grace_seconds: float = 30.0  # for scripts that never joined: what torchrun gives them
     goodbye_seconds: float = 5.0
 
@@ -77,20 +79,29 @@ class State(msgspec.Struct, frozen=True):  # not a dataclass: it is replaced man
     recorded: bool = False  # the generation is in the journal
     store: tuple[str, int] | None = None
     resume: m.Resume | None = None
+    line: m.Line | None = None  # what it goes on from in place; None where all of its ranks are new
+    survivors: frozenset[int] = frozenset()  # its ranks that were not forked for it
     exits: Mapping[int, tuple[str, m.RankExit]] = {}
     gone: frozenset[str] = frozenset()  # its members that were lost
     # The attempt.
     barrier: commit.Barrier | None = None
     attempts: int = 0  # highest attempt number used in this generation
+    held: m.Attempt | None = None  # the newest snapshot that all ranks have sealed, as far as arenas have it still
     cadence: Cadence = Cadence()
     suspects: frozenset[m.Attempt] = frozenset()  # commits that a restore found damaged
+    spoiled: frozenset[m.Attempt] = frozenset()  # snapshots in memory that one found damaged
     # Failure and leaving.
     drain: Drain | None = None
     budget: Budget = Budget()
     failure: Failure | None = None
     failed_at: float = 0.0
     started_at: float = 0.0
+    looping_since: float = 0.0  # all ranks are in their loop
+    stumbles: int = 0  # generations in a row that were to go on in place, and did not come to that
+    scrapped: bool = False  # all workers of the present generation were told to stop
+    judged: bool = False  # the failure that ended the present generation
     judged_commit: int = 0  # sequence number of the newest commit when a failure was last judged
+    judged_step: int = 0  # where the run came to before that failure
     waiting_since: float = 0.0
     probe_at: float = 0.0  # when a coordinator that waits for nodes next looks whether it is still the newest
     exit_code: int = 0
@@ -203,7 +214,18 @@ class Interrupted:
     failure: Failure
     generation: int
     furthest: int  # steps finished by the front rank
-    resumes_at: int  # the step that the run goes back to, 0 for the beginning
+
+
+@dataclass(frozen=True, slots=True)
+class Continues:
+    """A generation that follows an interrupted one is formed."""
+
+    generation: int
+    step: int  # that it goes on from, 0 for the beginning
+    furthest: int  # steps that the front rank had finished
+    tier: m.Tier | None  # where the state comes from; None for the beginning
+    survivors: int  # ranks that keep their processes
+    forked: int  # ranks that are forked anew
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +250,7 @@ class Exit:
     summary: str
 
 
-Action = Send | Store | Publish | Discard | Log | Interrupted | Resumed | Measured | Exit
+Action = Send | Store | Publish | Discard | Log | Interrupted | Continues | Resumed | Measured | Exit
 
 
 class Turn:

@@ -1,4 +1,4 @@
-"""When the next checkpoint is due, and at which step.
+"""When the next snapshot is due, at which step, and whether it is to be committed or only kept in memory.
 
 A step can only be armed before any rank has reached it. With a period in steps the step is known long ahead; with a
 period in seconds it is guessed a little ahead of the furthest rank, and further ahead each time the guess came too
@@ -15,43 +15,91 @@ FAILED_PAUSES_SECONDS = (1.0, 5.0, 20.0, 60.0)
 
 @dataclass(frozen=True, slots=True)
 class CheckpointPolicy:
-    """Every so many steps or every so many seconds (exactly one is non-zero), keeping the newest `keep` commits."""
+    """Commits every so many steps or every so many seconds (at most one is non-zero), keeping the newest `keep`.
+
+    In between, snapshots that stay in memory, every `snapshot_steps` or `snapshot_seconds`.
+    """
 
     every_steps: int = 0
     every_seconds: float = 60.0
     keep: int = 2
     attempt_seconds: float = 1800.0  # after which an attempt that does not end is given up
+    snapshot_steps: int = 0
+    snapshot_seconds: float = 0.0
 
     @property
     def off(self) -> bool:
         return not self.every_steps and not self.every_seconds
+
+    @property
+    def snapshots(self) -> bool:
+        """Snapshots are kept in memory between commits."""
+        return bool(self.snapshot_steps or self.snapshot_seconds)
 
 
 @dataclass(frozen=True, slots=True)
 class Cadence:
     """What the schedule remembers within one generation."""
 
-    due: float = 0.0  # when the next periodic one is
+    due: float = 0.0  # when the next periodic commit is
+    snapshot_due: float = 0.0  # when the next periodic snapshot is
     retry_at: float = 0.0  # no proposal of any kind before: the last one failed
     beyond: int = 0  # the next step must be greater
+    put_off: int = 0  # the step of a commit that a snapshot came before
     lookahead: int = 2
     failures: int = 0  # failed attempts in a row
     last_tries: int = 0  # those of the run's last step
     cause: str = ""  # why the newest of them failed
 
 
-def next_step(policy: CheckpointPolicy, cadence: Cadence, furthest: int, total: int) -> int | None:
-    """The step to propose now, or None when the run holds none. `furthest`: steps that the front rank finished."""
-    if policy.every_steps:
-        base = max(furthest, cadence.beyond)
-        step = (base // policy.every_steps + 1) * policy.every_steps
-        while step < base + cadence.lookahead - 1:
-            step += policy.every_steps
-    else:
-        step = max(furthest + cadence.lookahead, cadence.beyond + 1)
-    if total and step >= total:
-        step = total  # the last state is always worth a commit
-    return step if step > furthest else None
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    step: int
+    persist: bool
+    put_off: int = 0  # the step of the commit that a snapshot comes before
+
+
+def next_proposal(policy: CheckpointPolicy, cadence: Cadence, furthest: int, total: int, now: float) -> Proposal | None:
+    """What to propose now, or None. `furthest`: steps that the front rank finished.
+
+    A snapshot comes before a commit only where the commit's step can still be armed after it; a commit whose step was
+    missed all the same comes first the next time.
+    """
+    committed = kept = None
+    if not policy.off and now >= cadence.due:
+        step = _next_step(policy.every_steps, cadence, furthest)
+        # The last state is always worth a commit.
+        committed = Proposal(min(step, total) if total else step, persist=True)
+    if policy.snapshots and now >= cadence.snapshot_due:
+        step = _next_step(policy.snapshot_steps, cadence, furthest)
+        if not total or step < total:
+            kept = Proposal(step, persist=False)
+    if committed is not None and committed.step <= furthest:
+        committed = None
+    if committed is None or kept is None:
+        return committed or kept
+    missed = 0 < cadence.put_off < committed.step
+    if policy.every_steps and not missed and kept.step + cadence.lookahead <= committed.step:
+        return replace(kept, put_off=committed.step)
+    return committed
+
+
+def gives_way(policy: CheckpointPolicy, cadence: Cadence, step: int, reached: float, now: float) -> bool:
+    """Whether a commit that waits for `step` is to be taken back for a snapshot that is due long before it.
+
+    `reached` is where the front rank must be by now.
+    """
+    return policy.snapshot_seconds > 0 and now >= cadence.snapshot_due and step > reached + 2 * cadence.lookahead
+
+
+def _next_step(every: int, cadence: Cadence, furthest: int) -> int:
+    if not every:
+        return max(furthest + cadence.lookahead, cadence.beyond + 1)
+    base = max(furthest, cadence.beyond)
+    step = (base // every + 1) * every
+    while step < base + cadence.lookahead - 1:
+        step += every
+    return step
 
 
 def after_refusal(cadence: Cadence, furthest: int) -> Cadence:
@@ -72,5 +120,16 @@ def after_failure(cadence: Cadence, now: float, cause: str, last: bool = False) 
     )
 
 
+def after_snapshot(policy: CheckpointPolicy, cadence: Cadence, now: float) -> Cadence:
+    """All ranks have sealed a snapshot, for whatever purpose."""
+    return replace(cadence, snapshot_due=now + policy.snapshot_seconds)
+
+
+def after_hold(cadence: Cadence, step: int) -> Cadence:
+    """The snapshot of `step` stays in memory: that is all that was wanted of it."""
+    return replace(cadence, beyond=max(cadence.beyond, step))
+
+
 def after_commit(policy: CheckpointPolicy, cadence: Cadence, step: int, now: float) -> Cadence:
-    return replace(cadence, beyond=step, failures=0, due=now + policy.every_seconds)
+    beyond = max(cadence.beyond, step)
+    return replace(cadence, beyond=beyond, put_off=0, failures=0, due=now + policy.every_seconds)

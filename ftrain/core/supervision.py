@@ -40,6 +40,8 @@ ECHOES = (
     "Socket Timeout",
     "socket has been closed",
     "Timed out waiting",
+    "PeerLost",
+    "Unrecoverable",
 )
 
 
@@ -50,6 +52,7 @@ class FailureClass(Enum):
     CORRUPT = "corrupt checkpoint"
     USAGE = "wrong use"
     NODE = "node lost"
+    LINK = "link cut"
     LAUNCH = "could not start"
 
 
@@ -154,5 +157,9 @@ def explain(node: str, exit: RankExit) -> Failure:
 def is_echo(exit: RankExit) -> bool:
     if exit.error is None:
         return False
-    text = f"{exit.error.type}: {exit.error.message}"
+    return sounds_like_a_lost_peer(f"{exit.error.type}: {exit.error.message}")
+
+
+def sounds_like_a_lost_peer(text: str) -> bool:
+    """`text` is an exception's type and message."""
     return any(mark in text for mark in ECHOES)

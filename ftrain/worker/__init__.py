@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from ftrain.worker.run import Run, Step, Steps, join
+from ftrain.worker.run import Run, join
+from ftrain.worker.steps import Step, Steps
 
 __all__ = ["Run", "Step", "Steps", "join"]

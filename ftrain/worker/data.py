@@ -2,7 +2,8 @@
 
 To resume, every random number generator goes back to where it was when the epoch began, the loader begins that epoch
 again, and what was delivered is skipped: a DataLoader's sampler is drawn from without loading anything, another
-loader's batches are drawn.
+loader's batches are drawn. A process that only goes back to a boundary of its own does none of this: it kept what it
+drew since then, and hands it out again.
 
 The position is kept in samples of the whole run, not in batches of one rank, so that it also holds in another world
 size: with a `DistributedSampler`, after `k` batches of `b` samples on each of `w` ranks, the first `k·b·w` samples of
@@ -13,7 +14,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections import deque
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +25,41 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
 from ftrain.core import plain as plain_data
 from ftrain.errors import MismatchedState, UsageError
 from ftrain.worker import random_state
+from ftrain.worker.drawn import Kept, keep
+
+BOUNDARIES_KEPT = 2  # as many as the black box holds
+
+
+@dataclass(frozen=True, slots=True)
+class _Position:
+    """Where a loader is, as `Batches` counts it, and the loader's own state there, if it has one."""
+
+    epoch: int
+    delivered: int
+    skip: int
+    samples: int
+    rng: dict[str, object] | None
+    own_rng: list[bytes]
+    own_state: Any
+    loader: Any
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """A batch, and where the loader and all random numbers were when it had been drawn."""
+
+    batch: Kept | None
+    position: _Position
+    random: dict[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class _Boundary:
+    """A boundary, and what was drawn between it and the next one."""
+
+    state: dict[str, object]
+    position: _Position
+    drawn: list[_Drawn] = field(default_factory=list)
 
 
 class Batches:
@@ -42,6 +80,10 @@ class Batches:
         self._own_rng = self._first_rng  # where the loader's own generators were when this epoch began
         self._iterator: Iterator[Any] | None = None
         self._own_state: Any = None
+        self._boundaries: deque[_Boundary] = deque(maxlen=BOUNDARIES_KEPT)
+        self._again: deque[_Drawn] = deque()  # rolled back: to be handed out before anything is drawn
+        self._at: _Position | None = None  # rolled back: where the loader would be, for it is ahead
+        self._is_drawing = False  # also after a draw that failed in the middle
 
     @property
     def epoch(self) -> int:
@@ -51,36 +93,56 @@ class Batches:
         return self
 
     def __next__(self) -> Any:
-        if self._iterator is None:
-            self._iterator = self._begin()
-        for _ in range(2):
-            try:
-                batch = next(self._iterator)
-            except StopIteration:
-                self._epoch += 1
-                self._delivered = self._skip = self._samples = 0
-                self._rng = self._own_state = None
-                self._iterator = self._begin()
-            else:
-                self._delivered += 1
-                return batch
-        raise UsageError(f"{self._name}: the loader gives no batches at all")
+        if self._again:
+            return self._give_again(self._again.popleft())
+        self._is_drawing = True
+        batch = self._draw()
+        self._at = None
+        if self._boundaries:
+            self._boundaries[-1].drawn.append(_Drawn(keep(batch), self._position(), random_state.capture()))
+        self._is_drawing = False
+        return batch
 
     def state(self) -> dict[str, object]:
         """Plain data. To be called at a step's boundary."""
-        stateful = getattr(self._loader, "state_dict", None)
-        return {
-            "epoch": self._epoch,
-            "batches": self._skip + self._delivered,
-            "samples": self._samples + self._delivered * self._samples_per_batch(),
-            "world_size": self._world_size,
-            "rng": self._rng,
-            "own_rng": self._own_rng,
-            "loader": _without_tensors(stateful(), self._name) if stateful is not None else None,
-        }
+        return self._state_at(self._position())
+
+    def mark(self) -> dict[str, object]:
+        """As `state`; and from now on keep what is drawn, to hand it out again after `roll_back`.
+
+        What was drawn since the boundary before the last is let go.
+        """
+        position = self._position()
+        state = self._state_at(position)
+        self._boundaries.append(_Boundary(state, position))
+        return state
+
+    def roll_back(self, state: dict[str, Any]) -> None:
+        """Continue as after the batch that `mark` gave the state after, in this process or in another.
+
+        The caller puts the random numbers back. Batches that were drawn here since one of the last two marks are
+        handed out again. Where there are none, or the step has changed them, the loader begins anew, as in `restore`.
+        """
+        drawn: list[_Drawn] = []
+        while self._boundaries and not self._is_drawing:
+            boundary = self._boundaries.pop()
+            drawn[:0] = boundary.drawn
+            if boundary.state == state:
+                again = [*drawn, *self._again]
+                if all(one.batch is not None and one.batch.is_whole for one in again):
+                    self._again = deque(again)
+                    self._move(boundary.position)
+                    self._boundaries.append(_Boundary(boundary.state, boundary.position))
+                    return
+                break
+        self.restore(state)
+        self.prepare()
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue after the batch that the state was saved after."""
+        self._boundaries.clear()
+        self._again.clear()
+        self._at, self._is_drawing = None, False
         self._epoch = state["epoch"]
         self._own_state = state["loader"]
         self._rng, self._own_rng = state["rng"], state["own_rng"] or self._first_rng
@@ -102,6 +164,63 @@ class Batches:
         """Begin the resumed epoch now, with its own random numbers; the caller puts the present ones back."""
         if self._rng is not None:
             self._iterator = self._begin()
+
+    def _draw(self) -> Any:
+        if self._iterator is None:
+            self._iterator = self._begin()
+        for _ in range(2):
+            try:
+                batch = next(self._iterator)
+            except StopIteration:
+                self._epoch += 1
+                self._delivered = self._skip = self._samples = 0
+                self._rng = self._own_state = None
+                self._iterator = self._begin()
+            else:
+                self._delivered += 1
+                return batch
+        raise UsageError(f"{self._name}: the loader gives no batches at all")
+
+    def _give_again(self, drawn: _Drawn) -> Any:
+        self._boundaries[-1].drawn.append(drawn)
+        self._move(drawn.position)
+        random_state.restore(drawn.random)
+        assert drawn.batch is not None
+        return drawn.batch.give()
+
+    def _state_at(self, position: _Position) -> dict[str, object]:
+        return {
+            "epoch": position.epoch,
+            "batches": position.skip + position.delivered,
+            "samples": position.samples + position.delivered * self._samples_per_batch(),
+            "world_size": self._world_size,
+            "rng": position.rng,
+            "own_rng": position.own_rng,
+            "loader": position.loader,
+        }
+
+    def _position(self) -> _Position:
+        return _Position(
+            self._epoch,
+            self._delivered,
+            self._skip,
+            self._samples,
+            self._rng,
+            self._own_rng,
+            self._own_state,
+            self._loader_state() if self._at is None else self._at.loader,
+        )
+
+    def _loader_state(self) -> Any:
+        stateful = getattr(self._loader, "state_dict", None)
+        return _without_tensors(stateful(), self._name) if stateful is not None else None
+
+    def _move(self, position: _Position) -> None:
+        """Count as if the loader were there."""
+        self._epoch, self._delivered = position.epoch, position.delivered
+        self._skip, self._samples = position.skip, position.samples
+        self._rng, self._own_rng, self._own_state = position.rng, position.own_rng, position.own_state
+        self._at = position
 
     def _begin(self) -> Iterator[Any]:
         if self._rng is not None:

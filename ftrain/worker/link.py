@@ -14,11 +14,12 @@ import msgspec
 
 from ftrain._native import ControlPage
 from ftrain.checkpoint.arena import Arena
+from ftrain.checkpoint.black_box import BlackBox
 from ftrain.core import local
-from ftrain.core.local import BOOT_VARIABLE, Boot, FromWorker, WorkerMetrics
+from ftrain.core.local import BOOT_VARIABLE, PACKET_BYTES_MAX, Boot, FromWorker, Recover, WorkerMetrics
 from ftrain.core.messages import Attempt
 from ftrain.core.page import NO_STEP, Collective, Field, Phase
-from ftrain.errors import Preempted, ProtocolError
+from ftrain.errors import Preempted, ProtocolError, Unavailable
 
 CAUSE_CHARS_MAX = 4000
 WAIT_SECONDS = 3600.0  # a wait is ended by the agent or by its death; this only bounds one sleep of it
@@ -38,10 +39,12 @@ class Link:
 
     def __init__(self, boot: Boot) -> None:
         self.boot = boot
-        for fd in (boot.page_fd, boot.arena_fd, boot.channel_fd):
+        for fd in (boot.page_fd, boot.arena_fd, boot.channel_fd, boot.box_fd):
             os.set_inheritable(fd, False)
         self.page = ControlPage(boot.page_fd)
         self.arena = Arena(boot.arena_fd)
+        self.box = BlackBox(boot.box_fd)
+        self.generation = boot.generation
         self._channel = socket.socket(fileno=boot.channel_fd)
         self._collectives = 0
         self.page.store(Field.STEP, NO_STEP)
@@ -75,7 +78,7 @@ class Link:
             number = page.load(Field.ARMED_ATTEMPT)
             slot, hold = page.load(Field.ARMED_SLOT), bool(page.load(Field.ARMED_HOLD))
             if page.load(Field.ARMED) == step and page.load(Field.ARMED_ATTEMPT) == number:
-                return Armed(Attempt(self.boot.generation, step, number), slot, hold)
+                return Armed(Attempt(self.generation, step, number), slot, hold)
             # The attempt was taken back while we looked, and another may be armed by now.
         return None
 
@@ -92,22 +95,52 @@ class Link:
         self.page.store(Field.FAILED_ATTEMPT, number)
         self.say(local.WorkerSealFailed(number, cause[:CAUSE_CHARS_MAX]))
 
+    @property
+    def revoked(self) -> bool:
+        """The generation that this worker is in is over."""
+        return self.page.load(Field.REVOKED) >= self.generation
+
+    def wait_revoked(self) -> None:
+        """Until the present generation is over; for a thread of its own."""
+        while not self.revoked:
+            event = self.page.load(Field.EVENT)
+            if not self.revoked:
+                self.page.wait(Field.EVENT, event, WAIT_SECONDS)
+
+    def halt(self, live: int) -> Recover:
+        """Say that this worker stands still, and wait for the generation that it goes on in."""
+        self.enter(Phase.HALTED)
+        self.say(local.WorkerHalted(self.generation, live, self.box.steps()))
+        while True:
+            packet = self._channel.recv(PACKET_BYTES_MAX)
+            if not packet:
+                raise Unavailable("this worker's agent is gone")
+            recover = msgspec.json.decode(packet, type=Recover)
+            if recover.generation > self.generation:
+                self.generation = recover.generation
+                return recover
+
     def hold(self, number: int) -> None:
-        """Wait for the agent's verdict. Raises `Preempted` when it is to leave."""
+        """Wait for the agent's verdict, or for the end of the generation. Raises `Preempted` when it is to leave."""
         self.enter(Phase.HOLD)
         while abs(verdict := self.page.load(Field.VERDICT)) != number:
             event = self.page.load(Field.EVENT)
+            if self.revoked:
+                return
             if abs(self.page.load(Field.VERDICT)) != number:
                 self.page.wait(Field.EVENT, event, WAIT_SECONDS)
         if verdict < 0:
             raise Preempted
 
     def wait_armed(self, step: int, seen: int) -> Armed | None:
-        """At the last boundary: the next attempt that is armed for it, or None when the agent needs no more."""
+        """At the last boundary: the next attempt that is armed for it, or None when the agent needs no more.
+
+        None as well when the generation is over.
+        """
         page = self.page
         while True:
             event = page.load(Field.EVENT)
-            if page.load(Field.RELEASE):
+            if page.load(Field.RELEASE) or self.revoked:
                 return None
             self.enter(Phase.BOUNDARY)
             armed = self.armed(step)

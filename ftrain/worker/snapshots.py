@@ -14,18 +14,19 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 
-from torch.distributed import DistStoreError, Store
+from torch.distributed import HashStore, Store
 
 from ftrain.checkpoint.items import TensorItem
+from ftrain.checkpoint.live_copy import shard_of
 from ftrain.checkpoint.snapshot import Snapshotter
 from ftrain.checkpoint.stage import Staging
-from ftrain.errors import MismatchedState, Unavailable
+from ftrain.core import local
+from ftrain.errors import MismatchedState, PeerLost, Unavailable
 from ftrain.worker.link import Armed, Link
+from ftrain.worker.patience import wait_for
 
 PATIENCE_SECONDS = 10.0  # for other ranks at one boundary, beyond which the attempt fails and training goes on
-LOOK_SECONDS = 0.1  # how often a waiting rank looks whether the attempt is still wanted
 
 Capture = Callable[[], tuple[Sequence[TensorItem], dict[str, object]]]
 
@@ -33,10 +34,10 @@ Capture = Callable[[], tuple[Sequence[TensorItem], dict[str, object]]]
 class Snapshots:
     """One for each worker. `capture` gives everything tracked as it is now."""
 
-    def __init__(self, link: Link, store: Store, capture: Capture) -> None:
+    def __init__(self, link: Link, capture: Capture) -> None:
         boot = link.boot
         self._link = link
-        self._store = store
+        self._store: Store = HashStore()
         self._capture = capture
         self._rank, self._world_size = boot.rank, boot.world_size
         self._snapshotter = Snapshotter(link.arena, boot.rank, boot.world_size, self._exchange, boot.arena_bytes_max)
@@ -52,6 +53,11 @@ class Snapshots:
         """
         if self._planned_at is None:
             self._plan(None)
+
+    def meet(self, store: Store) -> None:
+        """A generation begins, whose ranks plan at their next boundary, and meet in this store."""
+        self._store = store
+        self._planned_at = None
 
     def take(self, armed: Armed) -> None:
         """Begin to fill the slot that was armed; a thread seals it and tells the agent. Or tell it what went wrong."""
@@ -107,6 +113,8 @@ class Snapshots:
         items, plain = self._capture()
         self._snapshotter.plan(items, plain)
         self._planned_at = armed.attempt.number if armed else 0
+        replays = not any(item.spec.private for item in items)
+        self._link.say(local.WorkerPlanned(shard_of(items, self._rank), replays))
 
     def _ask_replan(self, number: int) -> None:
         self._store.append(  # type: ignore[attr-defined]  # not in torch's stub
@@ -127,17 +135,18 @@ class Snapshots:
         number = self._planning.attempt.number if self._planning else 0
         keys = [f"plan-{number}/{self._rounds}/{rank}" for rank in range(self._world_size)]
         self._store.set(keys[self._rank], own)  # type: ignore[arg-type]  # bytes are taken as they are
-        if self._planning is not None:
-            self._wait(keys, self._planning)
+        self._wait(keys, self._planning)
         return [bytes(self._store.get(key)) for key in keys]
 
-    def _wait(self, keys: list[str], armed: Armed) -> None:
-        for _ in range(round(PATIENCE_SECONDS / LOOK_SECONDS)):
-            try:
-                self._store.wait(keys, timedelta(seconds=LOOK_SECONDS))
-            except DistStoreError:
-                if self._link.is_armed(armed.attempt):
-                    continue
-                raise Unavailable(f"{armed.attempt} was given up while ranks were planning it") from None
-            return
-        raise Unavailable(f"not all ranks came to plan {armed.attempt} within {PATIENCE_SECONDS:.0f} seconds")
+    def _wait(self, keys: list[str], armed: Armed | None) -> None:
+        began = time.monotonic()
+
+        def look() -> None:
+            if self._link.revoked:
+                raise PeerLost(f"generation {self._link.generation} ended while ranks were planning their snapshots")
+            if armed is not None and not self._link.is_armed(armed.attempt):
+                raise Unavailable(f"{armed.attempt} was given up while ranks were planning it")
+            if armed is not None and time.monotonic() - began >= PATIENCE_SECONDS:
+                raise Unavailable(f"not all ranks came to plan {armed.attempt} within {PATIENCE_SECONDS:.0f} seconds")
+
+        wait_for(self._store, keys, look)

@@ -53,8 +53,10 @@ class Scene:
                 return f"publish {attempt.step}"
             case run_state.Discard(attempt):
                 return f"discard {attempt.step}.{attempt.number}"
-            case run_state.Interrupted(failure, _, furthest, resumes_at):
-                return f"interrupted at {furthest}, back to {resumes_at}: {failure.summary}"
+            case run_state.Interrupted(failure, _, furthest):
+                return f"interrupted at {furthest}: {failure.summary}"
+            case run_state.Continues(_, step, _, tier, survivors, forked):
+                return f"continues at {step} from {tier.value if tier else 'nothing'}, {survivors} kept, {forked} new"
             case run_state.Exit(code, _):
                 return f"exit {code}"
             case run_state.Log(text):

@@ -45,7 +45,7 @@ def test_attempt_that_goes_well_commits_in_order() -> None:
     state, asked = play(barrier(), commit.Accepted("a"), commit.Accepted("b"))
     assert (state.stage, asked) == (Stage.ARMED, ["AllArmed"])
     state, asked = play(state, commit.RankSealed(0), commit.RankSealed(1))
-    assert (state.stage, asked) == (Stage.SEALED, [])
+    assert (state.stage, asked) == (Stage.SEALED, ["AllSealed"])
     state, asked = play(state, prepared(1), prepared(0))
     assert (state.stage, asked) == (Stage.PREPARED, ["Publish"])
     state, asked = play(state, commit.Published("f" * 64))
@@ -69,7 +69,7 @@ def test_packs_that_are_there_before_the_last_node_accepted_wait_for_it() -> Non
     state, asked = play(barrier(), commit.Accepted("a"), prepared(0), prepared(1))
     assert (state.stage, asked) == (Stage.PROPOSED, [])
     state, asked = play(state, commit.Accepted("b"))
-    assert (state.stage, asked) == (Stage.PREPARED, ["AllArmed", "Publish"])
+    assert (state.stage, asked) == (Stage.PREPARED, ["AllArmed", "AllSealed", "Publish"])
 
 
 def test_refusal_aborts_and_says_how_far_that_node_is() -> None:

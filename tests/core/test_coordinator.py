@@ -84,7 +84,10 @@ def test_rank_that_dies_starts_the_next_generation_from_the_newest_commit() -> N
     assert "b <- Stop 1" in lines
     scene.died("a", stopped=True)
     lines = scene.died("b", ordered=True, stopped=True)
-    assert lines[0] == "interrupted at 12, back to 10: rank 0 was killed by SIGKILL after step 12"
+    assert lines[:2] == [
+        "interrupted at 12: rank 0 was killed by SIGKILL after step 12",
+        "continues at 10 from storage, 0 kept, 2 new",
+    ]
     assert "append generation" in lines
     assert scene.state.resume is not None
     assert scene.state.resume.attempt == m.Attempt(1, 10, 1)

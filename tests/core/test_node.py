@@ -178,10 +178,9 @@ def test_stop_of_a_generation_that_never_came_here_is_remembered() -> None:
 
 def test_stop_of_a_later_generation_ends_the_workers_of_the_present_one_first() -> None:
     scene = Scene().looping()
-    assert scene.say(m.Stop(1, 2, "leaving", 3.0)) == ["kill 3", "say Changed looping 1"]
-    assert scene.exited(2) == ["say Changed looping 1"]
-    assert scene.exited(3) == ["say Changed stopped 1"]
-    assert scene.say(m.Stop(1, 2, "leaving", 3.0)) == ["say Changed stopped 2"]
+    assert scene.say(m.Stop(1, 2, "leaving", 3.0)) == ["kill 3", "say Changed looping 2"]
+    assert scene.exited(2) == ["say Changed looping 2"]
+    assert scene.exited(3) == ["say Changed stopped 2"]
 
 
 def test_commit_of_the_last_step_releases_workers_at_their_end() -> None:

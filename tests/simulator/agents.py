@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ftrain.core import local, node
 from ftrain.core import messages as m
 from tests.simulator.network import Link
-from tests.simulator.workers import Arena, Worker
+from tests.simulator.workers import Memory, Worker
 
 if TYPE_CHECKING:
     from tests.simulator.world import World
@@ -23,7 +23,7 @@ class Agent:
         self.link: Link | None = None
         self.workers: dict[int, Worker] = {}
         self.forking: dict[int, Worker] = {}
-        self.arenas: dict[int, Arena] = {}
+        self.memory: dict[int, Memory] = {}  # by local rank
         self.cancelled: set[m.Attempt] = set()
         self.paused_until = 0.0
         self.deferred: list[node.Event] = []
@@ -43,7 +43,9 @@ class Agent:
             0,
             joins=world.plan.joins,
         )
-        self.state = node.State(hello, grace_seconds=6.0, coordinator_wait_seconds=90.0, lost_at=world.now)
+        self.state = node.State(
+            hello, grace_seconds=6.0, halt_seconds=4.0, coordinator_wait_seconds=90.0, lost_at=world.now
+        )
         world.after(world.uniform(0.0, 0.3), self._connect)
         world.after(world.uniform(0.0, 1.0), self._beat)
 
@@ -93,8 +95,18 @@ class Agent:
                     self.link.up(message)
             case node.Reconnect():
                 self._drop()
-            case node.Fork(start):
-                self._fork(start)
+            case node.Fork(start, ranks):
+                self._fork(start, ranks)
+            case node.Continue(start, ranks):
+                for rank in ranks:
+                    self.world.after(0.01 * self.world.random(), self.workers[rank].go_on_in, start)
+            case node.RevokePages(generation, ranks):
+                for rank in ranks:
+                    self.workers[rank].revoke(generation)
+            case node.KillRanks(ranks):
+                for rank in ranks:
+                    if self.workers[rank].pid not in self.forking:
+                        self.world.after(0.05 * self.world.random(), self.workers[rank].end, 0, 9)
             case node.Kill(grace_seconds):
                 self._kill(grace_seconds)
             case node.ArmPages():
@@ -111,7 +123,7 @@ class Agent:
                 self._notify(ranks)
             case node.Persist(attempt, rank, slot):
                 self.world.after(
-                    0.01 * self.world.random(), self._persist, attempt, rank, slot, self.workers[rank].arena
+                    0.01 * self.world.random(), self._persist, attempt, rank, slot, self.workers[rank].memory
                 )
             case node.CancelPersist(attempt):
                 self.cancelled.add(attempt)
@@ -159,14 +171,15 @@ class Agent:
 
     # ------------------------------------------------------------------------------------------------------- workers
 
-    def _fork(self, start: m.Start) -> None:
-        self.workers = {}
-        for local_rank in range(self.state.hello.processes):
-            rank = start.first_rank + local_rank
-            arena = self.arenas.get(local_rank)
-            if arena is None or any(writer == rank for _, writer in self.state.writing):
-                arena = self.arenas[local_rank] = Arena()
-            worker = Worker(self.world, self, start, rank, local_rank, arena)
+    def _fork(self, start: m.Start, ranks: tuple[int, ...]) -> None:
+        self.workers = {rank: worker for rank, worker in self.workers.items() if rank in start.survivors}
+        for rank in ranks:
+            local_rank = rank - start.first_rank
+            memory = self.memory.get(local_rank)
+            in_use = start.line is None and any(writer == rank for _, writer in self.state.writing)
+            if memory is None or in_use:
+                memory = self.memory[local_rank] = Memory()
+            worker = Worker(self.world, self, start, rank, local_rank, memory)
             self.workers[rank] = worker
             self.forking[worker.pid] = worker
             self.world.after(0.03 * self.world.random(), self._forked, worker)
@@ -176,7 +189,8 @@ class Agent:
             return
         self.forking.pop(worker.pid, None)
         self.feed(node.Forked(worker.rank, worker.pid))
-        if self.state.stopping or self.state.leave is not None:
+        now = self.state.workers.get(worker.rank)
+        if self.state.stopping or self.state.leave is not None or now is None or now.killed:
             worker.end(0, 9)
 
     def _kill(self, grace_seconds: float) -> None:
@@ -245,18 +259,18 @@ class Agent:
         where = self.pages()
         return frozenset(rank for rank in ranks if node.may_fill(where[rank], attempt.step))
 
-    def _persist(self, attempt: m.Attempt, rank: int, slot: int, arena: Arena) -> None:
+    def _persist(self, attempt: m.Attempt, rank: int, slot: int, memory: Memory) -> None:
         if not self.alive:
             return
         if attempt in self.cancelled:
             self._persisted(attempt, rank, "cancelled")
             return
-        begun = arena.slots[slot]
-        self.world.after(0.05 * self.world.random(), self._read_slot, attempt, rank, slot, arena, begun)
+        begun = memory.slots[slot]
+        self.world.after(0.05 * self.world.random(), self._read_slot, attempt, rank, slot, memory, begun)
 
-    def _read_slot(self, attempt: m.Attempt, rank: int, slot: int, arena: Arena, begun: object) -> None:
+    def _read_slot(self, attempt: m.Attempt, rank: int, slot: int, memory: Memory, begun: object) -> None:
         if self.alive:
-            content = begun if arena.slots[slot] == begun else "torn"
+            content = begun if memory.slots[slot] == begun else "torn"
             self.world.storage.write(
                 attempt, f"packs/{rank}", content, lambda cause: self._persisted(attempt, rank, cause)
             )

@@ -2,7 +2,8 @@
 
 Promise 1: a committed checkpoint that is not retired has, for good, its manifest and the packs of exactly the ranks of
 its world, all of its own attempt. Promise 2: the journal is one chain, only its newest coordinator continues it, and
-nobody obeys or announces anything else.
+nobody obeys or announces anything else. And of going on in place: every rank of a generation begins at one step, with
+state of that very step, whoever gave it.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ class Truth:
         self.writer = ""  # of the newest term
         self.terms: dict[str, int] = {}  # writer -> term
         self.worlds: dict[int, int] = {}  # generation -> world size
+        self.lines: dict[int, int] = {}  # generation -> the step that it went on from in place, -1 where it did not
+        self.began: dict[int, int] = {}  # generation -> the step at which its first rank came into its loop
+        self.told: set[tuple[int, int]] = set()  # (generation, pid) that have planned
         self.damaged: set[m.Attempt] = set()
         self.commits = 0
         self.last_step = 0  # of the newest commit that is not damaged
@@ -75,6 +79,13 @@ class Truth:
         if len(asked) != len(set(asked)):
             raise Violation(f"generation {body.generation} has one node rank twice: {asked}")
         self.worlds[body.generation] = body.world_size
+        self.lines[body.generation] = body.line_step
+        if body.line_step >= 0:
+            if body.line_step < self.last_step:
+                raise Violation(
+                    f"generation {body.generation} goes on from step {body.line_step}, not {self.last_step}"
+                )
+            return
         for _, commit in reversed(self.history.commits):
             if commit.attempt == body.resumes:
                 return
@@ -87,8 +98,9 @@ class Truth:
         self.commits += 1
         attempt = body.attempt
         latest = max(self.worlds, default=0)
-        if attempt.generation != latest:
-            raise Violation(f"{attempt} is committed in the time of generation {latest}")
+        since = [self.lines.get(number, -1) for number in range(attempt.generation + 1, latest + 1)]
+        if any(step < attempt.step for step in since):
+            raise Violation(f"{attempt} is committed in the time of generation {latest}, which does not go on from it")
         if body.world_size != self.worlds[latest]:
             raise Violation(f"{attempt}: committed for {body.world_size} ranks of {self.worlds[latest]}")
         resumed = self.history.generation.resumes if self.history.generation is not None else None
@@ -145,6 +157,7 @@ class Truth:
             raise Violation(f"the power cut took back journal record {self.acted_upon}, which was acted upon")
         number = history.generation.generation if history.generation is not None else 0
         self.worlds = {key: size for key, size in self.worlds.items() if key <= number}
+        self.lines = {key: step for key, step in self.lines.items() if key <= number}
         sound = [body.attempt.step for _, body in history.commits if body.attempt not in self.damaged]
         self.last_step = max(sound, default=0)
         self.terms = {writer: term for writer, term in self.terms.items() if term <= history.head.sequence}
@@ -242,6 +255,42 @@ class Truth:
                 raise Violation(f"rank {worker.rank} restores {attempt}, whose pack {rank} is {content}")
             return f"{attempt}: rank {rank} is damaged"
         return ""
+
+    def planned(self, worker: Worker) -> bool:
+        """Whether this is the worker's first boundary in its generation."""
+        key = (worker.generation, worker.pid)
+        new = key not in self.told
+        self.told.add(key)
+        return new
+
+    def brought(self, worker: Worker, line: m.Line) -> str:
+        """The worker comes to a line in memory. Returns what is wrong with it."""
+        rank, who = worker.rank, f"rank {worker.rank} of generation {worker.generation}"
+        if line.tier is m.Tier.ARENA:
+            attempt = line.attempt
+            assert attempt is not None
+            content = (attempt.generation, attempt.number, attempt.step, rank)
+            if content not in worker.memory.slots:
+                raise Violation(f"{who} goes on from {attempt}, but its arena has {worker.memory.slots}")
+            return ""
+        givers = [giver for giver, taker in line.copies if taker == rank]
+        if len(givers) > 1:
+            raise Violation(f"{who} is given its state by {givers}")
+        giver = worker.group.members.get(givers[0]) if givers else worker
+        assert giver is not None, "a group that is whole has all its members"
+        if giver.live != line.step:
+            raise Violation(f"{who} goes on from step {line.step}, but rank {giver.rank} is at {giver.live}")
+        if giver is not worker and not self.world.plan.replicated:
+            raise Violation(f"{who} is given the shard of rank {giver.rank}")
+        replays = rank in line.replay and self.world.plan.replays and line.step - 1 in worker.memory.box
+        if line.step not in worker.memory.box and not replays:
+            raise Violation(f"{who} goes on from step {line.step}, but its box has {worker.memory.box}")
+        return ""
+
+    def loops(self, worker: Worker, step: int) -> None:
+        began = self.began.setdefault(worker.generation, step)
+        if began != step:
+            raise Violation(f"rank {worker.rank} of generation {worker.generation} begins at {step}, others at {began}")
 
     def ended(self) -> None:
         """The run was recorded as finished well: its last state must be committed."""

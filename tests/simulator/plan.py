@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from ftrain.core.membership import FormationPolicy
@@ -84,6 +84,8 @@ class Plan:
     aimed: dict[tuple[str, int], str]  # (a coordinator's act, how many of them) -> kind that strikes right after it
     fault_events: int
     to_the_end: bool  # do not stop at the first new commit after the faults
+    replicated: bool = False  # all ranks are replicas of each other
+    replays: bool = True  # and can do a step again by themselves
 
 
 def calm(seed: int, nodes: int = 2, processes: int = 2, total_steps: int = 9, every_steps: int = 3) -> Plan:
@@ -103,6 +105,11 @@ def draw(seed: int) -> Plan:
         checkpoint = CheckpointPolicy(rng.choice((1, 2, 2, 3, 4)), 0.0, keep, 15.0)
     else:
         checkpoint = CheckpointPolicy(0, rng.choice((0.5, 1.0, 2.0)), keep, 15.0)
+    snapshots = rng.random()
+    if snapshots < 0.3:
+        checkpoint = replace(checkpoint, snapshot_steps=rng.choice((1, 1, 2)))
+    elif snapshots < 0.6:
+        checkpoint = replace(checkpoint, snapshot_seconds=rng.choice((0.5, 2.0)))
     network = Network()
     if rng.random() < 0.5:
         network = Network(*(rng.choice((0.0, 0.0, 0.03, 0.15)) for _ in range(4)))
@@ -131,6 +138,8 @@ def draw(seed: int) -> Plan:
         aimed=aimed,
         fault_events=fault_events,
         to_the_end=rng.random() < 0.3,
+        replicated=rng.random() < 0.5,
+        replays=rng.random() < 0.8,
     )
 
 
@@ -144,6 +153,7 @@ def _policy(nodes_min: int, nodes_max: int, checkpoint: CheckpointPolicy) -> Run
         lease_seconds=6.0,
         heartbeat_seconds=2.0,
         settle_seconds=10.0,
+        halt_seconds=8.0,
         stop_grace_seconds=2.0,
         goodbye_seconds=2.0,
     )

@@ -33,10 +33,18 @@ class Page:
 
 
 @dataclass(slots=True)
-class Arena:
-    """One local rank's slots. Content is (generation, attempt, step, rank), or "torn" while it is being written."""
+class Memory:
+    """One local rank's slots and black box, which outlive its process.
+
+    A slot's content is (generation, attempt, step, rank), or "torn" while it is being written. The box has the two
+    newest boundaries.
+    """
 
     slots: list[object] = field(default_factory=lambda: [None, None])
+    box: list[int] = field(default_factory=list)
+
+    def keep(self, step: int) -> None:
+        self.box = [*[one for one in self.box if one < step][-1:], step]
 
 
 class Group:
@@ -67,10 +75,16 @@ class Worker:
     __slots__ = (
         "agent",
         "alive",
-        "arena",
+        "generation",
         "group",
+        "halted",
+        "halting",
+        "hung",
         "last_number",
+        "live",
         "local_rank",
+        "looped",
+        "memory",
         "page",
         "pid",
         "rank",
@@ -80,19 +94,25 @@ class Worker:
         "world",
     )
 
-    def __init__(self, world: World, agent: Agent, start: m.Start, rank: int, local_rank: int, arena: Arena) -> None:
+    def __init__(self, world: World, agent: Agent, start: m.Start, rank: int, local_rank: int, memory: Memory) -> None:
         self.world = world
         self.agent = agent
         self.start = start
         self.rank = rank
         self.local_rank = local_rank
-        self.arena = arena
+        self.memory = memory
         self.pid = world.next_pid()
         self.page = Page()
         self.alive = True
         self.waiting = False  # for a peer, in a collective
         self.said_at = 0.0
         self.last_number = 0  # the attempt that the last snapshot was for
+        self.generation = start.generation  # that it takes part in
+        self.live = -1  # the step that its tensors are of
+        self.looped = False
+        self.halted = False
+        self.halting = False  # it will, once the snapshot that it takes is sealed
+        self.hung = False  # in native code: it stands still, but never says so
         self.group = world.group(start)
         world.truth.worker_born(self)
         self.group.members[rank] = self
@@ -117,30 +137,87 @@ class Worker:
         if self.group.broken:
             self.peer_gone()
             return
+        self._meet()
+
+    def _meet(self) -> None:
+        """Wait for all ranks of the generation, then get the state to go on from."""
         self.group.joined.add(self.rank)
         self.waiting = True
         if len(self.group.joined) == self.group.size:
             for worker in list(self.group.members.values()):
                 worker.waiting = False
-                self.world.after(self.world.uniform(0.02, 0.2), worker._restore)
+                self.world.after(self.world.uniform(0.02, 0.2), worker._restore, worker.generation)
 
-    def _restore(self) -> None:
-        if not self.alive:
+    def _restore(self, generation: int) -> None:
+        if not self.alive or self.generation != generation or self.halted:
+            return
+        if self.group.broken:
+            self.peer_gone()
             return
         self.page.phase = Phase.RESTORING
-        resume = self.start.resume
+        line, resume = self.start.line, self.start.resume
         step = 0
-        if resume is not None:
-            cause = self.world.truth.restored(self, resume)
-            if cause:
-                self.raises("ftrain.errors.CorruptCheckpoint", cause)
-                return
-            step = resume.attempt.step
+        if line is not None and line.tier is not m.Tier.STORAGE:
+            cause = self.world.truth.brought(self, line)
+            step = line.step
+        else:
+            cause = self.world.truth.restored(self, resume) if resume is not None else ""
+            step = resume.attempt.step if resume is not None else 0
+        if cause:
+            self.raises("ftrain.errors.CorruptCheckpoint", cause)
+            return
         self.page.total_steps = self.world.plan.total_steps
         self.page.step = step
         self.page.phase = Phase.BOUNDARY
-        self.say(local.WorkerLooping(step, self.page.total_steps))
+        self.live = step
+        self.looped = True
+        self.memory.keep(step)
+        self.world.truth.loops(self, step)
+        self.say(local.WorkerLooping(step, self.page.total_steps, 0.0, generation))
         self._go_on()
+
+    # -------------------------------------------------------------------------------------------- going on in place
+
+    def revoke(self, generation: int) -> None:
+        """The agent has said on the page that the generation is over."""
+        if self.alive and generation >= self.generation and not self.halted:
+            self.world.after(0.05 * self.world.random(), self.halt, self.generation)
+
+    def halt(self, generation: int) -> None:
+        if not self.alive or self.halted or generation != self.generation or self.hung:
+            return
+        if self.page.phase == Phase.SNAPSHOT:
+            self.halting = True
+            return
+        if self.world.hangs():
+            self.hung = True
+            return
+        self.halted, self.halting, self.waiting = True, False, False
+        if self.page.phase == Phase.RESTORING or (self.page.phase == Phase.STEP and self.world.half_written()):
+            self.live = -1
+        self.page.phase = Phase.HALTED
+        self.group.left(self)
+        self.say(local.WorkerHalted(self.generation, self.live, tuple(self.memory.box)))
+
+    def go_on_in(self, start: m.Start) -> None:
+        """The agent has told of the generation to go on in."""
+        if self.alive and self.halted:
+            self.start, self.generation, self.halted = start, start.generation, False
+            self.page.phase = Phase.RESTORING
+            self.page.armed = 0
+            self.group = self.world.group(start)
+            self.group.members[self.rank] = self
+            self.world.after(self.world.uniform(0.01, 0.1), self._arrive, start.generation)
+
+    def _arrive(self, generation: int) -> None:
+        if not self.alive or self.halted or self.generation != generation:
+            return
+        if self.group.broken:
+            self.peer_gone()
+        else:
+            # What it has is untouched until everybody is there.
+            self.page.phase = Phase.BOUNDARY
+            self._meet()
 
     def _go_on(self) -> None:
         """Leave the boundary: for the next step, or for the end of the loop."""
@@ -152,6 +229,8 @@ class Worker:
             return
         page.phase = Phase.STEP
         group = self.group
+        if self.halted:
+            return
         group.entered[self.rank] = page.step + 1
         if group.broken:
             self.peer_gone()
@@ -159,49 +238,55 @@ class Worker:
         if len(group.entered) == group.size and min(group.entered.values()) == page.step + 1:
             for worker in group.ready.values():
                 worker.waiting = False
-                self.world.after(self.world.uniform(0.0, 0.02), worker._boundary)
+                self.world.after(self.world.uniform(0.0, 0.02), worker._boundary, self.generation)
             group.ready.clear()
-        self.world.after(self.world.plan.step_seconds * self.world.uniform(0.5, 1.5), self._computed)
+        seconds = self.world.plan.step_seconds * self.world.uniform(0.5, 1.5)
+        self.world.after(seconds, self._computed, self.generation)
 
-    def _computed(self) -> None:
-        if not self.alive:
+    def _computed(self, generation: int) -> None:
+        if not self.alive or self.halted or self.hung or generation != self.generation:
             return
         group = self.group
         if len(group.entered) == group.size and min(group.entered.values()) > self.page.step:
-            self._boundary()
+            self._boundary(generation)
         elif group.broken:
             self.peer_gone()
         else:
             self.waiting = True
             group.ready[self.rank] = self
 
-    def _boundary(self) -> None:
-        if not self.alive:
+    def _boundary(self, generation: int) -> None:
+        if not self.alive or self.halted or self.hung or generation != self.generation:
             return
         self.page.phase = Phase.BOUNDARY
         self.page.step += 1
-        self.world.after(0.01 * self.world.random(), self._look)
+        self.live = self.page.step
+        self.memory.keep(self.page.step)
+        if self.world.truth.planned(self):
+            shard = "all" if self.world.plan.replicated else f"rank {self.rank}"
+            self.say(local.WorkerPlanned(shard, self.world.plan.replays))
+        self.world.after(0.01 * self.world.random(), self._look, generation)
 
-    def _look(self) -> None:
+    def _look(self, generation: int) -> None:
         """STEP was stored; now ARMED is loaded. The agent may do what it likes in between."""
-        if not self.alive:
+        if not self.alive or self.halted or self.hung or generation != self.generation:
             return
         if self.page.armed == self.page.step:
-            self.world.after(0.005 * self.world.random(), self._snapshot)
+            self.world.after(0.005 * self.world.random(), self._snapshot, generation)
         else:
             self._go_on()
 
     # ---------------------------------------------------------------------------------------------------- snapshots
 
-    def _snapshot(self) -> None:
+    def _snapshot(self, generation: int) -> None:
         page = self.page
-        if not self.alive:
+        if not self.alive or self.halted or self.hung or generation != self.generation:
             return
         if page.armed != page.step:  # disarmed between the two loads
             self._go_on()
             return
         page.phase = Phase.SNAPSHOT
-        self.arena.slots[page.armed_slot] = "torn"
+        self.memory.slots[page.armed_slot] = "torn"
         number, slot, hold = page.armed_attempt, page.armed_slot, page.armed_hold
         self.last_number = number
         self.world.after(0.1 * self.world.random(), self._sealed, number, slot, hold)
@@ -210,11 +295,15 @@ class Worker:
         if not self.alive:
             return
         content = (self.start.generation, number, self.page.step, self.rank)
-        self.arena.slots[slot] = content
+        self.memory.slots[slot] = content
         if self.world.seal_fails():
             self.say(local.WorkerSealFailed(number, "a tensor could not be copied"))
         else:
             self.say(local.WorkerSealed(number, 0.0))
+        if self.halting:
+            self.page.phase = Phase.BOUNDARY
+            self.halt(self.generation)
+            return
         if hold:
             self.page.phase = Phase.HOLD
             self.notified()
@@ -225,7 +314,7 @@ class Worker:
     def notified(self) -> None:
         """The agent changed the page: what a worker that waits for it does about that."""
         page = self.page
-        if not self.alive:
+        if not self.alive or self.halted or self.hung:
             return
         if page.phase == Phase.HOLD:
             if page.verdict == self.last_number:
@@ -236,7 +325,7 @@ class Worker:
         elif page.phase == Phase.LAST:
             if page.armed == page.step and page.armed_attempt != self.last_number:
                 page.phase = Phase.BOUNDARY
-                self.world.after(0.005 * self.world.random(), self._snapshot)
+                self.world.after(0.005 * self.world.random(), self._snapshot, self.generation)
             elif page.release:
                 page.phase = Phase.DONE
                 self.end(0)
@@ -249,7 +338,15 @@ class Worker:
 
     def peer_gone(self) -> None:
         self.waiting = False
-        self.world.after(self.world.uniform(0.02, 0.6), self.raises, "DistBackendError", PEER_GONE)
+        seconds = self.world.uniform(0.02, 0.6)
+        if self.looped and not self.world.outside_of_steps():
+            self.world.after(seconds, self.halt, self.generation)
+        else:
+            self.world.after(seconds, self._raises_in, self.generation)
+
+    def _raises_in(self, generation: int) -> None:
+        if generation == self.generation and not self.halted:
+            self.raises("DistBackendError", PEER_GONE)
 
     def raises(self, kind: str, text: str) -> None:
         if not self.alive:
@@ -269,7 +366,16 @@ class Worker:
             self.group.left(self)
         page = self.page
         exit = m.RankExit(
-            self.rank, self.local_rank, self.pid, code, signal, page.step, int(page.phase), None, self.world.now
+            self.rank,
+            self.local_rank,
+            self.pid,
+            code,
+            signal,
+            page.step,
+            int(page.phase),
+            None,
+            self.world.now,
+            kept=tuple(self.memory.box),
         )
         self.said_at = max(self.said_at, self.world.now + 0.02 * self.world.random())
         self.world.at(self.said_at, self.agent.worker_exited, self, exit)

@@ -116,6 +116,18 @@ class World:
     def seal_fails(self) -> bool:
         return not self.healed and self.random() < 0.01
 
+    def hangs(self) -> bool:
+        """Whether a worker that is to stand still is stuck in native code."""
+        return not self.healed and self.random() < 0.03
+
+    def half_written(self) -> bool:
+        """Whether a step that is given up had begun to write parameters."""
+        return self.random() < 0.2
+
+    def outside_of_steps(self) -> bool:
+        """Whether a lost peer is noticed where nothing of ours can catch it."""
+        return self.random() < 0.1
+
     # --------------------------------------------------------------------------------------------------- who is there
 
     def next_pid(self) -> int:

@@ -12,7 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import ftrain
-from ftrain.worker.process_group import SwappableGroup, ordinary_group
+from ftrain.worker.ordinary_group import ordinary_group
+from ftrain.worker.swappable_group import SwappableGroup
 from tests.worker.harness import record
 from tests.worker.trainings import build, digest
 

@@ -48,6 +48,7 @@ class Worker:
     rank: int
     page_fd: int = field(default_factory=lambda: ControlPage.create("test-page"))
     arena_fd: int = field(default_factory=lambda: memory_file("test-arena"))
+    box_fd: int = field(default_factory=lambda: memory_file("test-box"))
     process: ForkServerProcess | None = None
     channel: socket.socket | None = None
 
@@ -87,6 +88,7 @@ class Worker:
         self.page.close()
         os.close(self.page_fd)
         os.close(self.arena_fd)
+        os.close(self.box_fd)
 
 
 class Agent:
@@ -171,6 +173,7 @@ class Agent:
             page_fd=worker.page_fd,
             arena_fd=worker.arena_fd,
             channel_fd=-1,
+            box_fd=worker.box_fd,
             arena_bytes_max=0,
             checkpoints=self._checkpoints,
             resume=self._resume,
@@ -236,6 +239,7 @@ def _work(
         boot,
         page_fd=os.open(f"/proc/{agent}/fd/{boot.page_fd}", os.O_RDWR),
         arena_fd=os.open(f"/proc/{agent}/fd/{boot.arena_fd}", os.O_RDWR),
+        box_fd=os.open(f"/proc/{agent}/fd/{boot.box_fd}", os.O_RDWR),
         channel_fd=connected.detach(),
     )
     os.environ.update(environment)

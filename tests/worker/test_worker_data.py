@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, Sampler
@@ -15,6 +16,7 @@ from ftrain.core import plain
 from ftrain.errors import MismatchedState, NotPlainData, UsageError
 from ftrain.worker import random_state
 from ftrain.worker.data import Batches
+from ftrain.worker.packing import pack, unpack
 
 SAMPLES = 11
 
@@ -188,3 +190,147 @@ def test_loader_whose_own_state_is_not_plain_is_named() -> None:
 def test_iterator_is_refused_for_it_has_one_epoch_only() -> None:
     with pytest.raises(UsageError, match="only once"):
         Batches(iter([1, 2]), "batches 0", 1)
+
+
+def redo(batches: Batches, count: int) -> list[Any]:
+    """Rolled back to the last boundary by what it gave, as after a failed step."""
+    saved = unpack(pack({"position": batches.mark(), "random": random_state.capture()}, "test"))
+    draw(batches, count)
+    batches.roll_back(saved["position"])
+    random_state.restore(saved["random"])
+    return draw(batches, count)
+
+
+@pytest.mark.parametrize("name", LOADERS)
+@pytest.mark.parametrize("before", [0, 1, 5])
+def test_step_rolled_back_and_redone_gives_the_same_batches_and_what_would_have_followed(
+    name: str, before: int
+) -> None:
+    seed()
+    expected = draw(Batches(LOADERS[name](), "test", 1), before + 15)
+    seed()
+    hurt = Batches(LOADERS[name](), "test", 1)
+    found = draw(hurt, before)
+    for count in (1, 3, 0, 2):  # steps, each of which fails once; some are of another epoch in the middle
+        found += redo(hurt, count)
+    assert found + draw(hurt, 9) == expected
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_rank_that_was_a_step_ahead_goes_back_two_boundaries(name: str) -> None:
+    seed()
+    batches = Batches(LOADERS[name](), "test", 1)
+    draw(batches, 2)
+    saved = unpack(pack({"position": batches.mark(), "random": random_state.capture()}, "test"))
+    expected = draw(batches, 4)
+    batches.mark()
+    expected += draw(batches, 3)
+    batches.roll_back(saved["position"])
+    random_state.restore(saved["random"])
+    batches.mark()
+    found = draw(batches, 1)
+    saved = unpack(pack({"position": batches.mark(), "random": random_state.capture()}, "test"))
+    draw(batches, 4)  # fails again, in another step
+    batches.roll_back(saved["position"])
+    random_state.restore(saved["random"])
+    assert found + draw(batches, 6) == expected
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_successor_of_a_process_that_failed_gets_the_same_batches(name: str) -> None:
+    seed()
+    dead = Batches(LOADERS[name](), "test", 1)
+    draw(dead, 7)
+    saved = unpack(pack({"position": dead.mark(), "random": random_state.capture()}, "test"))
+    expected = draw(dead, 8)
+    torch.manual_seed(99)
+    successor = Batches(LOADERS[name](), "test", 1)
+    draw(successor, 2)  # as a rehearsed step does
+    successor.roll_back(saved["position"])
+    random_state.restore(saved["random"])
+    assert draw(successor, 8) == expected
+
+
+def test_loading_processes_live_on_when_a_step_is_rolled_back() -> None:
+    batches = Batches(LOADERS["with-processes"](), "test", 1)
+    first = draw(batches, 1)
+    assert first
+    children = {child.pid for child in psutil.Process().children()}
+    redo(batches, 2)
+    assert children
+    assert {child.pid for child in psutil.Process().children()} == children
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda batch: batch["x"].add_(1),
+        lambda batch: batch["deep"][0].mul_(2),
+        lambda batch: batch.pop("x"),
+        lambda batch: batch["deep"].append(1),
+        lambda batch: batch["x"].requires_grad_(),
+    ],
+    ids=["tensor-written", "deep-tensor-written", "key-taken", "list-grown", "gradient-asked"],
+)
+def test_batch_that_the_failed_step_changed_is_handed_out_as_it_was(spoil: Callable[[Any], Any]) -> None:
+    class Loader:
+        def __iter__(self) -> Iterator[Any]:
+            for place in range(5):
+                yield {"x": torch.full((2,), float(place)), "deep": [torch.ones(2)], "name": "n", "pair": (1, 2.0)}
+
+    batches = Batches(Loader(), "test", 1)
+    saved = batches.mark()
+    for _ in range(2):
+        spoil(next(batches))
+    batches.roll_back(saved)
+    for place in range(2):
+        batch = next(batches)
+        assert batch["x"].tolist() == [place, place]
+        assert not batch["x"].requires_grad
+        assert batch["deep"][0].tolist() == [1, 1]
+        assert (batch["name"], batch["pair"], len(batch["deep"])) == ("n", (1, 2.0), 1)
+
+
+def test_batch_of_a_kind_that_may_change_unnoticed_is_drawn_anew() -> None:
+    drawn = []
+
+    class Loader:
+        def __iter__(self) -> Iterator[Any]:
+            for place in range(5):
+                drawn.append(place)
+                yield {place}
+
+    batches = Batches(Loader(), "test", 1)
+    next(batches)
+    saved = unpack(pack(batches.mark(), "test"))
+    next(batches).add(99)
+    batches.roll_back(saved)
+    assert [next(batches), next(batches)] == [{1}, {2}]
+    assert drawn == [0, 1, 0, 1, 2]
+
+
+def test_loader_that_failed_in_the_middle_begins_anew() -> None:
+    class Loader:
+        failing = True
+
+        def __iter__(self) -> Iterator[Any]:
+            first = torch.rand(()).item()
+            if self.failing:
+                raise KeyError("the disk is away")
+            yield from (first, torch.rand(()).item())
+
+    seed()
+    unhurt = Loader()
+    unhurt.failing = False
+    expected = draw(Batches(unhurt, "test", 1), 2)
+    seed()
+    loader = Loader()
+    batches = Batches(loader, "test", 1)
+    saved, drawn = batches.mark(), random_state.capture()
+    with pytest.raises(KeyError):
+        next(batches)
+    loader.failing = False
+    batches.roll_back(saved)
+    random_state.restore(drawn)
+    assert draw(batches, 2) == expected
+    assert batches.epoch == 0
