@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ftrain._native import ControlPage
-from ftrain.core import node
+from ftrain.core import node_attempts
 from ftrain.core.messages import Attempt
 from ftrain.core.page import NO_STEP, Field, Phase
 
@@ -47,7 +47,7 @@ def disarm(pages: dict[int, ControlPage], attempt: Attempt) -> frozenset[int]:
     for page in pages.values():
         if page.load(Field.ARMED_ATTEMPT) == attempt.number:
             page.store(Field.ARMED, 0)
-    return frozenset(rank for rank, page in pages.items() if node.may_fill(where(page), attempt.step))
+    return frozenset(rank for rank, page in pages.items() if node_attempts.may_fill(where(page), attempt.step))
 
 
 def give_verdict(page: ControlPage, attempt: Attempt, leave: bool) -> None:

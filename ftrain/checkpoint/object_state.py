@@ -26,13 +26,13 @@ class ObjectState:
 
     def __init__(self, name: str, found: Stateful) -> None:
         self._name = name
-        self._found = found
+        self.found = found
         self._state: Any = None
         self._items: list[TensorItem] = []
 
     def part(self) -> Part:
         part = Part()
-        part.plain["state"] = _flatten(self._found.state_dict(), self._name, part.items)
+        part.plain["state"] = _flatten(self.found.state_dict(), self._name, part.items)
         self._items = part.items
         return part
 
@@ -53,12 +53,12 @@ class ObjectState:
 
     def finish(self) -> None:
         if self._state is not None:
-            self._found.load_state_dict(self._state)
+            self.found.load_state_dict(self._state)
             self._state = None
 
     def own(self) -> Part:
         part = Part()
-        state = self._found.state_dict()
+        state = self.found.state_dict()
         if _is_flat(state):
             part.plain["flat"] = normal(state)
         else:
@@ -67,7 +67,7 @@ class ObjectState:
 
     def take_back(self, plain: Any, tensors: Mapping[str, torch.Tensor]) -> None:
         if "flat" in plain:
-            self._found.load_state_dict(plain["flat"])
+            self.found.load_state_dict(plain["flat"])
             return
         infos = {
             key: TensorInfo(dtype_name(tensor.dtype), tuple(tensor.shape), private=True)

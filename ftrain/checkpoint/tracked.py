@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from ftrain.checkpoint.items import TensorItem
 from ftrain.checkpoint.mapping_state import MappingState
@@ -162,6 +163,13 @@ class Tracked:
     @property
     def modules(self) -> list[nn.Module]:
         return [one.module for one in self._objects.values() if isinstance(one, ModuleState)]
+
+    @property
+    def replays(self) -> bool:
+        """Whether a step done again, with any parameters, leaves a rank's own state as the step itself left it."""
+        return all(
+            not isinstance(one, ObjectState) or isinstance(one.found, LRScheduler) for one in self._objects.values()
+        )
 
     @property
     def rebuilds_buckets(self) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import msgspec
 
-from ftrain.core import local, recovery
+from ftrain.core import local, node_attempts, recovery
 from ftrain.core import messages as m
 from ftrain.core.node_state import (
     Action,
@@ -54,10 +54,8 @@ from ftrain.core.node_state import (
     hello,
     report,
 )
-from ftrain.core.page import Phase
 from ftrain.errors import ExitCode
 
-SLOTS = 2
 SAME_NOTICE_SECONDS = 5.0  # batch systems send SIGTERM twice within seconds, and mean it once
 LEFT_ON = {"SIGTERM": ExitCode.PREEMPTED, "SIGINT": ExitCode.INTERRUPTED}
 UNSAVED_MARGIN_SECONDS = 5.0  # a leaving node waits this much longer than its grace for the coordinator's word
@@ -100,7 +98,6 @@ __all__ = [
     "WorkerExited",
     "WorkerSaid",
     "hello",
-    "may_fill",
     "report",
     "step",
 ]
@@ -113,7 +110,9 @@ def step(state: State, event: Event, now: float, pages: Pages) -> tuple[State, t
     turn = Turn(state, now, pages)
     if state.filling:
         now_filling = {
-            rank: place for rank, place in state.filling.items() if may_fill(pages.get(rank, (-1, 0)), place[0])
+            rank: place
+            for rank, place in state.filling.items()
+            if node_attempts.may_fill(pages.get(rank, (-1, 0)), place[0])
         }
         turn.set(filling=now_filling)
     match event:
@@ -132,13 +131,13 @@ def step(state: State, event: Event, now: float, pages: Pages) -> tuple[State, t
         case WorkerExited(exit):
             _exited(turn, exit)
         case Armed():
-            _armed(turn, event)
+            node_attempts.armed(turn, event)
         case Disarmed(_, reached):
-            _still_filling(turn, reached)
+            node_attempts.still_filling(turn, reached)
         case Persisted(attempt, pack):
-            _persisted(turn, attempt, pack)
+            node_attempts.persisted(turn, attempt, pack)
         case PersistFailed(attempt, rank, cause):
-            _persist_failed(turn, attempt, rank, cause)
+            node_attempts.persist_failed(turn, attempt, rank, cause)
         case StoreUp(generation, address, port):
             turn.set(store=event)
             turn.send(m.StoreReady(generation, address, port))
@@ -167,7 +166,7 @@ def _said(turn: Turn, message: m.FromCoordinator) -> None:
             turn.set(term=term)
             if state.notice:
                 turn.send(m.Notice(state.notice, max(0.0, state.notice_until - UNSAVED_MARGIN_SECONDS - turn.now)))
-            _repeat(turn)
+            node_attempts.repeat(turn)
             return
         case m.Declined(reason, exit_code):
             _leave_now(turn, exit_code, reason)
@@ -188,23 +187,23 @@ def _said(turn: Turn, message: m.FromCoordinator) -> None:
         case m.Halt(generation=generation):
             _halt(turn, generation)
         case m.Arm():
-            _arm(turn, message)
+            node_attempts.arm(turn, message)
         case m.Abort(attempt=attempt):
-            _abort(turn, attempt)
+            node_attempts.abort(turn, attempt)
         case m.Committed(attempt=attempt):
             turn.set(committed=max(state.committed, attempt.step))
             if state.snapshot is not None and state.snapshot.attempt == attempt:
                 turn.set(snapshot=None)
                 if state.alive and all(_is_last(worker, attempt.step) for worker in state.alive):
-                    turn.do(ReleasePages(_ranks(state)))
+                    turn.do(ReleasePages(node_attempts.ranks_of(state)))
         case m.Verdict(attempt=attempt, leave=leave):
             if attempt.generation == state.generation:
                 if state.snapshot is not None and state.snapshot.attempt == attempt:
                     turn.set(snapshot=replace(state.snapshot, decided=True))
-                turn.do(SetVerdict(attempt, leave, _ranks(state)))
+                turn.do(SetVerdict(attempt, leave, node_attempts.ranks_of(state)))
         case m.Release(generation=generation):
             if generation == state.generation:
-                turn.do(ReleasePages(_ranks(state)))
+                turn.do(ReleasePages(node_attempts.ranks_of(state)))
         case m.Leave():
             turn.set(leave=message)
             if state.alive:
@@ -224,10 +223,6 @@ def _prepare(turn: Turn, generation: int) -> None:
 def _is_last(worker: Worker, step: int) -> bool:
     """The worker is at its end, and `step` is that end: an older attempt may commit while it waits there."""
     return worker.at_end and worker.looping is not None and worker.looping.total_steps == step
-
-
-def _ranks(state: State) -> tuple[int, ...]:
-    return tuple(worker.rank for worker in state.alive)
 
 
 def _start(turn: Turn, start: m.Start) -> None:
@@ -319,97 +314,6 @@ def _stop(turn: Turn, generation: int, grace: float) -> None:
     turn.changed()
 
 
-def _arm(turn: Turn, message: m.Arm) -> None:
-    state = turn.state
-    attempt, snapshot = message.attempt, state.snapshot
-    if snapshot is not None and snapshot.attempt == attempt:
-        _repeat(turn)
-        return
-    if attempt.generation != state.generation or attempt.number < state.attempt_seen:
-        return
-    if attempt.number == state.attempt_seen:
-        turn.send(m.ArmReply(attempt, False, -1, "it was refused, or given up, before"))
-        return
-    turn.set(attempt_seen=attempt.number)
-    busy = {*(slot for _, slot in state.filling.values()), *state.writing.values()}
-    # What the run would go on from stays as it is until there is something newer.
-    busy |= {slot for slot, held in state.held.items() if held == message.line}
-    if snapshot is not None and len(snapshot.sealed) < len(state.workers):
-        busy.add(snapshot.slot)
-    free = [slot for slot in range(SLOTS) if slot not in busy]
-    looping = all(worker.looping for worker in state.workers.values())
-    if state.stopping or state.halting or len(state.alive) != len(state.workers) or not looping:
-        turn.send(m.ArmReply(attempt, False, -1, "not all of its workers are in their loop"))
-    elif not free:
-        turn.send(m.ArmReply(attempt, False, -1, "an earlier snapshot is still being written"))
-    else:
-        held = {slot: held for slot, held in state.held.items() if slot != free[0]}
-        turn.set(snapshot=Snapshot(attempt, free[0], message.hold, message.persist), held=held)
-        turn.do(ArmPages(attempt, free[0], message.hold, _ranks(state)))
-
-
-def _armed(turn: Turn, event: Armed) -> None:
-    snapshot = turn.state.snapshot
-    if snapshot is None or snapshot.attempt != event.attempt:
-        return
-    if event.ok:
-        turn.set(snapshot=replace(snapshot, armed=True))
-        turn.send(m.ArmReply(event.attempt, True, event.furthest))
-    else:
-        turn.set(snapshot=None)
-        _fill(turn, snapshot, event.reached)
-        if snapshot.hold:
-            turn.do(SetVerdict(event.attempt, False, _ranks(turn.state)))
-        turn.send(m.ArmReply(event.attempt, False, event.furthest, "a rank is past this step already"))
-
-
-def _abort(turn: Turn, attempt: m.Attempt) -> None:
-    snapshot = turn.state.snapshot
-    if snapshot is None or snapshot.attempt != attempt:
-        return
-    turn.set(snapshot=None)
-    unsealed = tuple(rank for rank in _ranks(turn.state) if rank not in snapshot.sealed)
-    if unsealed:
-        # Until the pages say otherwise each of them may be writing its slot.
-        _fill(turn, snapshot, frozenset(unsealed))
-        turn.do(DisarmPages(attempt, unsealed))
-    if any(other == attempt for other, _ in turn.state.writing):
-        turn.do(CancelPersist(attempt))
-    if snapshot.hold and not snapshot.decided:
-        turn.do(SetVerdict(attempt, False, _ranks(turn.state)))
-
-
-def _fill(turn: Turn, snapshot: Snapshot, ranks: frozenset[int]) -> None:
-    turn.set(filling={**turn.state.filling, **dict.fromkeys(ranks, (snapshot.attempt.step, snapshot.slot))})
-
-
-def _still_filling(turn: Turn, reached: frozenset[int]) -> None:
-    turn.set(filling={rank: place for rank, place in turn.state.filling.items() if rank in reached})
-
-
-def may_fill(page: tuple[int, int], step: int) -> bool:
-    """Whether a worker that is there may be taking the snapshot of `step`.
-
-    A worker enters BOUNDARY before it stores STEP, and leaves it for SNAPSHOT only when it saw the attempt.
-    """
-    done, phase = page
-    return done == step and phase in (Phase.BOUNDARY, Phase.SNAPSHOT)
-
-
-def _repeat(turn: Turn) -> None:
-    """Say again where the present attempt stands: the coordinator forgets duplicates, but it must not miss one."""
-    snapshot = turn.state.snapshot
-    if snapshot is None or not snapshot.armed:
-        return
-    turn.send(m.ArmReply(snapshot.attempt, True))
-    for rank in sorted(snapshot.sealed):
-        turn.send(m.Sealed(snapshot.attempt, rank))
-    for pack in snapshot.packs:
-        turn.send(m.Prepared(snapshot.attempt, pack))
-    for failure in snapshot.failures:
-        turn.send(failure)
-
-
 # ------------------------------------------------------------------------------------------------------- the workers
 
 
@@ -438,32 +342,17 @@ def _worker_said(turn: Turn, rank: int, message: local.FromWorker) -> None:
                 turn.changed()
         case local.WorkerSealed(number, stall_seconds):
             turn.worker(rank, stall_seconds=stall_seconds)
-            _unfill(turn, rank)
+            node_attempts.unfill(turn, rank)
             if snapshot is not None and snapshot.attempt.number == number and rank not in snapshot.sealed:
-                _sealed(turn, snapshot, rank)
+                node_attempts.sealed(turn, snapshot, rank)
         case local.WorkerSealFailed(number, cause):
-            _unfill(turn, rank)
+            node_attempts.unfill(turn, rank)
             if snapshot is not None and snapshot.attempt.number == number:
-                _fail(turn, snapshot, rank, cause)
+                node_attempts.fail(turn, snapshot, rank, cause)
         case local.WorkerMetrics(done, values):
             turn.send(m.Metrics(state.generation, done, values))
         case local.WorkerError(error):
             turn.worker(rank, error=error)
-
-
-def _sealed(turn: Turn, snapshot: Snapshot, rank: int) -> None:
-    sealed = snapshot.sealed | {rank}
-    turn.set(snapshot=replace(snapshot, sealed=sealed))
-    if sealed >= set(turn.state.workers):
-        turn.set(held={**turn.state.held, snapshot.slot: snapshot.attempt})
-    turn.send(m.Sealed(snapshot.attempt, rank))
-    if snapshot.persist:
-        turn.set(writing={**turn.state.writing, (snapshot.attempt, rank): snapshot.slot})
-        turn.do(Persist(snapshot.attempt, rank, snapshot.slot))
-
-
-def _unfill(turn: Turn, rank: int) -> None:
-    turn.set(filling={key: place for key, place in turn.state.filling.items() if key != rank})
 
 
 def _exited(turn: Turn, exit: m.RankExit) -> None:
@@ -472,7 +361,7 @@ def _exited(turn: Turn, exit: m.RankExit) -> None:
         return
     ordered = turn.state.stopping or worker.killed
     turn.worker(exit.rank, exit=_with(exit, worker, ordered))
-    _unfill(turn, exit.rank)
+    node_attempts.unfill(turn, exit.rank)
     turn.changed()
 
 
@@ -488,32 +377,6 @@ def _with(exit: m.RankExit, worker: Worker, ordered: bool) -> m.RankExit:
         shard=worker.shard,
         replays=worker.replays,
     )
-
-
-def _persisted(turn: Turn, attempt: m.Attempt, pack: m.PackRecord) -> None:
-    _written(turn, attempt, pack.rank)
-    snapshot = turn.state.snapshot
-    if snapshot is not None and snapshot.attempt == attempt:
-        turn.set(snapshot=replace(snapshot, packs=(*snapshot.packs, pack)))
-        turn.send(m.Prepared(attempt, pack))
-
-
-def _persist_failed(turn: Turn, attempt: m.Attempt, rank: int, cause: str) -> None:
-    _written(turn, attempt, rank)
-    snapshot = turn.state.snapshot
-    if cause and snapshot is not None and snapshot.attempt == attempt:
-        _fail(turn, snapshot, rank, cause)
-
-
-def _fail(turn: Turn, snapshot: Snapshot, rank: int, cause: str) -> None:
-    failure = m.AttemptFailed(snapshot.attempt, rank, cause)
-    turn.set(snapshot=replace(snapshot, failures=(*snapshot.failures, failure)))
-    turn.send(failure)
-
-
-def _written(turn: Turn, attempt: m.Attempt, rank: int) -> None:
-    key = (attempt, rank)
-    turn.set(writing={other: slot for other, slot in turn.state.writing.items() if other != key})
 
 
 # ---------------------------------------------------------------------------------------------------- time and leaving
@@ -538,7 +401,7 @@ def _beat(turn: Turn) -> None:
     state = turn.state
     turn.set(beat=state.beat + 1)
     turn.send(m.Heartbeat(state.beat + 1, turn.report()))
-    _repeat(turn)
+    node_attempts.repeat(turn)
     if state.halting and turn.now >= state.halt_until:
         turn.set(halt_until=float("inf"))
         _kill(turn, tuple(worker.rank for worker in state.alive if not worker.halted))

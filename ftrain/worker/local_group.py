@@ -2,11 +2,13 @@
 
 A rank runs its training step with it before it meets the others. Reductions are the identity, gathering gives this
 rank's own input for everybody, what only a peer could give (received, scattered from elsewhere) is zero. A peer's
-object cannot be had: `broadcast_object_list` from elsewhere and `recv_object_list` raise EOFError, as nothing came.
+object cannot be had: `broadcast_object_list` from elsewhere raises.
 """
 
 from __future__ import annotations
 
+import sys
+from types import FrameType
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ from torch._C._distributed_c10d import FakeProcessGroup, Work
 from torch.distributed import HashStore, ProcessGroup
 from torch.distributed.distributed_c10d import GroupName
 from torch.futures import Future
+
+from ftrain.errors import UsageError
 
 Tensors = list[torch.Tensor]
 
@@ -60,8 +64,12 @@ class LocalGroup:
         return _done(_listed(tensors))
 
     def broadcast(self, tensors: Any, root: Any = 0, *_options: Any, **_named: Any) -> Work:
-        """Everything stays what it is: DDP compares whole numbers of its own with what it is told by such a call."""
-        del root
+        root_rank = getattr(root, "rootRank", root)
+        if root_rank != self._rank and _asked_by("broadcast_object_list"):
+            raise UsageError(  # or it would decode an object from memory that nobody has filled
+                f"broadcast_object_list: rank {self._rank} was started anew and has not met rank {root_rank} of its "
+                "group yet, so it cannot have that rank's object; take it from a file or the environment instead"
+            )
         return _done(_listed(tensors))
 
     def reduce(self, tensors: Any, *_options: Any, **_named: Any) -> Work:
@@ -166,6 +174,14 @@ class _Received(Work):
 
 def _listed(tensors: Any) -> Tensors:
     return [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
+
+
+def _asked_by(name: str) -> bool:
+    """Whether a function of that name is among the callers."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_name != name:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _done(tensors: Tensors) -> Work:

@@ -1,4 +1,4 @@
-"""Plain data as MessagePack and back, exactly: quicker than the JSON of a checkpoint, and read by this version alone."""
+"""Plain data as MessagePack and back, exactly: quicker than a checkpoint's JSON, and read by this version alone."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _extension(code: int, data: memoryview) -> object:
     if code == _INTEGER:
         return int(bytes(data), 16)
     found = _decode(bytes(data))
-    return tuple(found) if code == _TUPLE else {key: value for key, value in found}
+    return tuple(found) if code == _TUPLE else dict(found)
 
 
 _decode = msgspec.msgpack.Decoder(ext_hook=_extension).decode

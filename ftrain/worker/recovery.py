@@ -79,6 +79,8 @@ class Recovery:
         private = self._boundary.capture()
         if private is not None:
             self._link.box.write(step, private)
+        else:
+            self._link.box.forget_after(step - 1)  # too large to keep, and an older one is of another past
         self._live = step
 
     def is_lost_peer(self, error: BaseException) -> bool:

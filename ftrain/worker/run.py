@@ -73,7 +73,9 @@ class Run:
         self._tracked = Tracked()
         self._batches: list[Batches] = []
         self._steps: Steps | None = None
-        self._snapshots = Snapshots(link, self._capture) if link and link.boot.checkpoints else None
+        self._snapshots = (
+            Snapshots(link, self._capture, lambda: self._tracked.replays) if link and link.boot.checkpoints else None
+        )
         store = self._make_group()
         if self._snapshots is not None:
             self._snapshots.meet(store)

@@ -32,13 +32,14 @@ Capture = Callable[[], tuple[Sequence[TensorItem], dict[str, object]]]
 
 
 class Snapshots:
-    """One for each worker. `capture` gives everything tracked as it is now."""
+    """One for each worker. `capture` gives everything tracked as it is now; `replays` is `Tracked.replays`."""
 
-    def __init__(self, link: Link, capture: Capture) -> None:
+    def __init__(self, link: Link, capture: Capture, replays: Callable[[], bool]) -> None:
         boot = link.boot
         self._link = link
         self._store: Store = HashStore()
         self._capture = capture
+        self._replays = replays
         self._rank, self._world_size = boot.rank, boot.world_size
         self._snapshotter = Snapshotter(link.arena, boot.rank, boot.world_size, self._exchange, boot.arena_bytes_max)
         self._planned_at: int | None = None  # number of the attempt that was planned for, 0 for the first boundary
@@ -113,7 +114,7 @@ class Snapshots:
         items, plain = self._capture()
         self._snapshotter.plan(items, plain)
         self._planned_at = armed.attempt.number if armed else 0
-        replays = not any(item.spec.private for item in items)
+        replays = self._replays() and not any(item.spec.private for item in items)
         self._link.say(local.WorkerPlanned(shard_of(items, self._rank), replays))
 
     def _ask_replan(self, number: int) -> None:

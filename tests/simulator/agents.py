@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ftrain.core import local, node
+from ftrain.core import local, node, node_attempts
 from ftrain.core import messages as m
 from tests.simulator.network import Link
 from tests.simulator.workers import Memory, Worker
@@ -257,7 +257,7 @@ class Agent:
             if page.armed_attempt == attempt.number:
                 page.armed = 0
         where = self.pages()
-        return frozenset(rank for rank in ranks if node.may_fill(where[rank], attempt.step))
+        return frozenset(rank for rank in ranks if node_attempts.may_fill(where[rank], attempt.step))
 
     def _persist(self, attempt: m.Attempt, rank: int, slot: int, memory: Memory) -> None:
         if not self.alive:

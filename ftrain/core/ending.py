@@ -1,0 +1,178 @@
+"""How a generation ends: its workers stand still or stop, what they leave settles, and the failure is judged.
+
+    RUNNING ──► HALTING ──► SETTLING ──► (judged) ──► PAUSING ──► FORMING
+       └──────► STOPPING ──────┘                        └► CLOSING: given up
+
+Workers stand still where some of them may go on in place. They stop where none can, on the way out of the run, and
+where standing still does not come to an end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ftrain.core import commit, leaving, reception, remains, rounds, supervision
+from ftrain.core import messages as m
+from ftrain.core.membership import Generation, Node
+from ftrain.core.run_state import Interrupted, Phase, State, Turn
+from ftrain.core.supervision import Failure, FailureClass
+from ftrain.errors import ExitCode
+
+STUMBLES_MAX = 3  # recoveries in place that failed in a row, before all ranks are forked anew
+RECONNECT_SECONDS = 2.0  # how long an ending generation waits for the report of a node whose channel broke
+
+
+def end(turn: Turn, why: str) -> None:
+    """End the present generation: its workers stand still where something may go on in place, otherwise they go."""
+    state = turn.state
+    generation = state.generation
+    assert generation is not None
+    survives = any(rank.looped for name in state.members for rank in state.report(name).ranks)
+    if state.phase is Phase.STARTING:
+        survives = bool(state.survivors)  # their reports are of the generation before
+    ended = any(exit.ok for _, exit in state.exits.values())
+    stumbles = state.stumbles + (state.line is not None and not state.looping_since)
+    turn.set(stumbles=stumbles)
+    if state.drain is not None or not survives or ended or stumbles > STUMBLES_MAX:
+        stop(turn, why)
+        return
+    turn.enter(Phase.HALTING, turn.now + state.policy.halt_seconds + state.policy.lease_seconds)
+    for node in state.members:
+        reception.halt_node(turn, node, generation.number, why)
+    _workers_lost(turn, generation, why)
+
+
+def stop(turn: Turn, why: str) -> None:
+    """End the present generation: all of its workers go, what they sealed may still be committed."""
+    state = turn.state
+    generation = state.generation
+    assert generation is not None
+    turn.set(scrapped=True)
+    turn.enter(Phase.STOPPING, turn.now + state.policy.stop_grace_seconds + state.policy.lease_seconds)
+    for node in state.members:
+        reception.stop_node(turn, node, generation.number, why)
+    _workers_lost(turn, generation, why)
+
+
+def _workers_lost(turn: Turn, generation: Generation, why: str) -> None:
+    """The attempt under way learns that no rank will seal it any more, but for what is sealed by then."""
+    rounds.feed(turn, commit.WorkersLost(generation.ranks, why))
+    rounds.feed(turn, commit.ArenasLost(_ranks(generation, turn.state.gone), why))
+
+
+def _ranks(generation: Generation, nodes: frozenset[str]) -> frozenset[int]:
+    return frozenset(rank for member in generation.members if member.node in nodes for rank in member.ranks)
+
+
+def halting(turn: Turn) -> None:
+    """Wait until everything of the generation stands still or is gone."""
+    missing = _missing(turn, remains.is_over)
+    if missing and turn.now >= turn.state.until:
+        stop(turn, "not all of it came to a halt")
+    elif not missing:
+        turn.enter(Phase.SETTLING, turn.now + turn.state.policy.settle_seconds)
+
+
+def stopping(turn: Turn) -> None:
+    """Wait until every member that can still answer has said that nothing of the generation runs there."""
+    missing = _missing(turn, lambda report: report.stopped)
+    if not missing or turn.now >= turn.state.until:
+        turn.enter(Phase.SETTLING, turn.now + turn.state.policy.settle_seconds)
+
+
+def _missing(turn: Turn, is_done: Callable[[m.Report], bool]) -> list[Node]:
+    """The members of the generation that can still answer, and have not said that they are done with it."""
+    state = turn.state
+    generation = state.generation
+    assert generation is not None
+    missing = []
+    for name in state.members:
+        node = state.nodes.get(name)
+        if node is None or (remains.knows(state, name) and is_done(state.report(name))):
+            continue
+        if _never_started(state, name):
+            continue
+        lease = state.policy.lease_seconds
+        if not node.connected and turn.now >= node.lease_until - lease + min(RECONNECT_SECONDS, lease):
+            continue  # its workers may live on, but they are fenced: nothing of theirs can be committed
+        missing.append(node)
+    silent = [node for node in missing if not node.connected]
+    if silent and turn.now < state.until:
+        grace = min(RECONNECT_SECONDS, state.policy.lease_seconds)
+        turn.set(until=min(state.until, *(n.lease_until - state.policy.lease_seconds + grace for n in silent)))
+    return missing
+
+
+def _never_started(state: State, node: str) -> bool:
+    """The node has reported since, and knows nothing of the present generation."""
+    report = state.reports.get(node)
+    return report is not None and report.stopped and report.generation != state.number and not state.recorded
+
+
+def waits_for_attempt(turn: Turn) -> bool:
+    """What the run goes on from is not known before its last attempt is committed or aborted."""
+    barrier = turn.state.barrier
+    if barrier is None or not rounds.undecided(turn):
+        return False
+    line = remains.recovery_line(turn.state, remains.connected_nodes(turn.state))
+    return line is None or line.step < barrier.attempt.step
+
+
+def judge(turn: Turn) -> None:
+    """The generation is over and what it leaves is known: what now?"""
+    state = turn.state
+    if waits_for_attempt(turn):
+        rounds.feed(turn, commit.Expired("the run could not wait for it any longer"))
+        if rounds.undecided(turn):
+            return  # its record is being written: only storage can tell
+        state = turn.state
+    if state.drain is not None and not leaving.goes_on_first(state):
+        leaving.drained(turn)
+        return
+    failure = _explain(state)
+    turn.set(waiting_since=turn.now)
+    if failure is None or state.judged:
+        turn.enter(Phase.FORMING)
+        return
+    turn.set(judged=True)
+    if failure.kind is FailureClass.CORRUPT and state.line is not None and state.line.attempt is not None:
+        turn.set(spoiled=state.spoiled | {state.line.attempt})
+        turn.log(f"the snapshot of step {state.line.step} is damaged and is passed over", "error")
+    elif failure.kind is FailureClass.CORRUPT and state.resume is not None:
+        turn.set(suspects=state.suspects | {state.resume.attempt})
+        turn.log(f"the commit of step {state.resume.attempt.step} is damaged and is passed over", "error")
+    ran = turn.now - state.started_at if not any(report.looping for report in map(state.report, state.members)) else 0.0
+    line = remains.recovery_line(state, remains.connected_nodes(state))
+    came_to = line.step if line is not None else 0
+    progressed = (
+        state.newest_commit > state.judged_commit
+        or came_to > state.judged_step > 0
+        or ran >= state.policy.restart.progress_seconds
+    )
+    budget, verdict = supervision.judge(state.policy.restart, state.budget, failure, progressed)
+    turn.set(budget=budget, judged_commit=state.newest_commit, judged_step=came_to, failure=failure)
+    match verdict:
+        case supervision.GiveUp(why):
+            text = f"giving up: {why}. First failure: {failure.summary}"
+            code = ExitCode.USAGE if failure.kind is FailureClass.USAGE else ExitCode.FAILED
+            leaving.close(turn, code, f"{text}\n{failure.traceback}".rstrip())
+        case supervision.Restart(delay):
+            turn.do(Interrupted(failure, state.number, remains.furthest(state)))
+            turn.enter(Phase.PAUSING, turn.now + delay)
+
+
+def _explain(state: State) -> Failure | None:
+    """The first cause. A lost node explains ranks elsewhere that only lost their peer."""
+    failed = tuple(item for item in state.exits.values() if item[1].failed)
+    if not failed:
+        return state.failure
+    first = supervision.first_failure(failed)
+    rank_exit = next(exit for _, exit in failed if exit.rank == first.rank)
+    unreachable = [name for name in state.members if name not in state.nodes or not state.nodes[name].connected]
+    if unreachable and supervision.is_echo(rank_exit):
+        if state.failure is not None and state.failure.kind is FailureClass.NODE:
+            return state.failure
+        members = state.generation.members if state.generation else ()
+        lost = ", ".join(str(member.group_rank) for member in members if member.node in unreachable)
+        return Failure(FailureClass.NODE, unreachable[0], f"node {lost} was lost: its agent's channel closed")
+    return first

@@ -1,0 +1,157 @@
+"""This node's part of a checkpoint attempt: armed on its pages, sealed in its arenas, persisted, given up."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ftrain.core import messages as m
+from ftrain.core.node_state import (
+    Armed,
+    ArmPages,
+    CancelPersist,
+    DisarmPages,
+    Persist,
+    SetVerdict,
+    Snapshot,
+    State,
+    Turn,
+)
+from ftrain.core.page import Phase
+
+SLOTS = 2
+
+
+def arm(turn: Turn, message: m.Arm) -> None:
+    state = turn.state
+    attempt, snapshot = message.attempt, state.snapshot
+    if snapshot is not None and snapshot.attempt == attempt:
+        repeat(turn)
+        return
+    if attempt.generation != state.generation or attempt.number < state.attempt_seen:
+        return
+    if attempt.number == state.attempt_seen:
+        turn.send(m.ArmReply(attempt, False, -1, "it was refused, or given up, before"))
+        return
+    turn.set(attempt_seen=attempt.number)
+    busy = {*(slot for _, slot in state.filling.values()), *state.writing.values()}
+    # What the run would go on from stays as it is until there is something newer.
+    busy |= {slot for slot, held in state.held.items() if held == message.line}
+    if snapshot is not None and len(snapshot.sealed) < len(state.workers):
+        busy.add(snapshot.slot)
+    free = [slot for slot in range(SLOTS) if slot not in busy]
+    looping = all(worker.looping for worker in state.workers.values())
+    if state.stopping or state.halting or len(state.alive) != len(state.workers) or not looping:
+        turn.send(m.ArmReply(attempt, False, -1, "not all of its workers are in their loop"))
+    elif not free:
+        turn.send(m.ArmReply(attempt, False, -1, "an earlier snapshot is still being written"))
+    else:
+        held = {slot: held for slot, held in state.held.items() if slot != free[0]}
+        turn.set(snapshot=Snapshot(attempt, free[0], message.hold, message.persist), held=held)
+        turn.do(ArmPages(attempt, free[0], message.hold, ranks_of(state)))
+
+
+def armed(turn: Turn, event: Armed) -> None:
+    snapshot = turn.state.snapshot
+    if snapshot is None or snapshot.attempt != event.attempt:
+        return
+    if event.ok:
+        turn.set(snapshot=replace(snapshot, armed=True))
+        turn.send(m.ArmReply(event.attempt, True, event.furthest))
+    else:
+        turn.set(snapshot=None)
+        fill(turn, snapshot, event.reached)
+        if snapshot.hold:
+            turn.do(SetVerdict(event.attempt, False, ranks_of(turn.state)))
+        turn.send(m.ArmReply(event.attempt, False, event.furthest, "a rank is past this step already"))
+
+
+def abort(turn: Turn, attempt: m.Attempt) -> None:
+    snapshot = turn.state.snapshot
+    if snapshot is None or snapshot.attempt != attempt:
+        return
+    turn.set(snapshot=None)
+    unsealed = tuple(rank for rank in ranks_of(turn.state) if rank not in snapshot.sealed)
+    if unsealed:
+        # Until the pages say otherwise each of them may be writing its slot.
+        fill(turn, snapshot, frozenset(unsealed))
+        turn.do(DisarmPages(attempt, unsealed))
+    if any(other == attempt for other, _ in turn.state.writing):
+        turn.do(CancelPersist(attempt))
+    if snapshot.hold and not snapshot.decided:
+        turn.do(SetVerdict(attempt, False, ranks_of(turn.state)))
+
+
+def fill(turn: Turn, snapshot: Snapshot, ranks: frozenset[int]) -> None:
+    turn.set(filling={**turn.state.filling, **dict.fromkeys(ranks, (snapshot.attempt.step, snapshot.slot))})
+
+
+def still_filling(turn: Turn, reached: frozenset[int]) -> None:
+    turn.set(filling={rank: place for rank, place in turn.state.filling.items() if rank in reached})
+
+
+def may_fill(page: tuple[int, int], step: int) -> bool:
+    """Whether a worker that is there may be taking the snapshot of `step`.
+
+    A worker enters BOUNDARY before it stores STEP, and leaves it for SNAPSHOT only when it saw the attempt.
+    """
+    done, phase = page
+    return done == step and phase in (Phase.BOUNDARY, Phase.SNAPSHOT)
+
+
+def repeat(turn: Turn) -> None:
+    """Say again where the present attempt stands: the coordinator forgets duplicates, but it must not miss one."""
+    snapshot = turn.state.snapshot
+    if snapshot is None or not snapshot.armed:
+        return
+    turn.send(m.ArmReply(snapshot.attempt, True))
+    for rank in sorted(snapshot.sealed):
+        turn.send(m.Sealed(snapshot.attempt, rank))
+    for pack in snapshot.packs:
+        turn.send(m.Prepared(snapshot.attempt, pack))
+    for failure in snapshot.failures:
+        turn.send(failure)
+
+
+def sealed(turn: Turn, snapshot: Snapshot, rank: int) -> None:
+    sealed = snapshot.sealed | {rank}
+    turn.set(snapshot=replace(snapshot, sealed=sealed))
+    if sealed >= set(turn.state.workers):
+        turn.set(held={**turn.state.held, snapshot.slot: snapshot.attempt})
+    turn.send(m.Sealed(snapshot.attempt, rank))
+    if snapshot.persist:
+        turn.set(writing={**turn.state.writing, (snapshot.attempt, rank): snapshot.slot})
+        turn.do(Persist(snapshot.attempt, rank, snapshot.slot))
+
+
+def unfill(turn: Turn, rank: int) -> None:
+    turn.set(filling={key: place for key, place in turn.state.filling.items() if key != rank})
+
+
+def persisted(turn: Turn, attempt: m.Attempt, pack: m.PackRecord) -> None:
+    _written(turn, attempt, pack.rank)
+    snapshot = turn.state.snapshot
+    if snapshot is not None and snapshot.attempt == attempt:
+        turn.set(snapshot=replace(snapshot, packs=(*snapshot.packs, pack)))
+        turn.send(m.Prepared(attempt, pack))
+
+
+def persist_failed(turn: Turn, attempt: m.Attempt, rank: int, cause: str) -> None:
+    _written(turn, attempt, rank)
+    snapshot = turn.state.snapshot
+    if cause and snapshot is not None and snapshot.attempt == attempt:
+        fail(turn, snapshot, rank, cause)
+
+
+def fail(turn: Turn, snapshot: Snapshot, rank: int, cause: str) -> None:
+    failure = m.AttemptFailed(snapshot.attempt, rank, cause)
+    turn.set(snapshot=replace(snapshot, failures=(*snapshot.failures, failure)))
+    turn.send(failure)
+
+
+def _written(turn: Turn, attempt: m.Attempt, rank: int) -> None:
+    key = (attempt, rank)
+    turn.set(writing={other: slot for other, slot in turn.state.writing.items() if other != key})
+
+
+def ranks_of(state: State) -> tuple[int, ...]:
+    return tuple(worker.rank for worker in state.alive)
