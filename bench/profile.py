@@ -27,13 +27,13 @@ import ftrain
 from ftrain.checkpoint import async_save as engine
 from ftrain.checkpoint import target as commits
 from ftrain.checkpoint.agreement import Plans
-from ftrain.checkpoint.job import Job
+from ftrain.checkpoint.job import Jobs
 from ftrain.checkpoint.stage import Stager, Staging
 from ftrain.storage.posix import PosixStorage
 
 # What is timed, in the order in which it happens: (class or module, function, what it does, who does it).
 STEPS: list[tuple[Any, str, str, str]] = [
-    (Job, "__init__", "walk the state, encode plain data", "training thread"),
+    (Jobs, "job", "walk the state, encode plain data", "training thread"),
     (Plans, "known", "find the plan of last time", "training thread"),
     (engine._Engine, "_take_slot", "take a slot of the arena", "training thread"),
     (Stager, "begin", "look at pointers and versions, begin to copy", "training thread"),

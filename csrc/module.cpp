@@ -4,7 +4,6 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
-#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <string>
@@ -16,7 +15,6 @@
 #include "copy.hpp"
 #include "crc32c.hpp"
 #include "failure.hpp"
-#include "file.hpp"
 #include "mapping.hpp"
 #include "page.hpp"
 #include "process.hpp"
@@ -167,33 +165,10 @@ std::uint32_t crc32c(nb::handle exporter, std::uint32_t value) {
     return ftrain::crc32c(buffer.data(), buffer.nbytes(), value);
 }
 
-std::uint32_t crc32c_software(nb::handle exporter, std::uint32_t value) {
-    const Buffer buffer(exporter);
-    nb::gil_scoped_release no_gil;
-    return ftrain::crc32c_software(buffer.data(), buffer.nbytes(), value);
-}
-
 std::uint32_t crc32c_address(std::uintptr_t address, std::size_t nbytes, std::uint32_t value) {
     const void* data = bytes_at(address, nbytes);
     nb::gil_scoped_release no_gil;
     return ftrain::crc32c(data, nbytes, value);
-}
-
-std::vector<std::uint32_t> crc32c_chunks(std::uintptr_t address, std::size_t nbytes, std::size_t chunk_bytes) {
-    if (chunk_bytes == 0) {
-        throw std::invalid_argument("chunk_bytes must be at least 1");
-    }
-    const auto* data = static_cast<const unsigned char*>(bytes_at(address, nbytes));
-    std::vector<std::uint32_t> sums;
-    sums.reserve(nbytes / chunk_bytes + 1);
-    nb::gil_scoped_release no_gil;
-    while (nbytes != 0) {
-        const std::size_t n = std::min(nbytes, chunk_bytes);
-        sums.push_back(ftrain::crc32c(data, n, 0));
-        data += n;
-        nbytes -= n;
-    }
-    return sums;
 }
 
 void copy_batch(const std::vector<std::tuple<std::uintptr_t, std::uintptr_t, std::size_t>>& pairs, unsigned threads) {
@@ -204,16 +179,6 @@ void copy_batch(const std::vector<std::tuple<std::uintptr_t, std::uintptr_t, std
         copies.push_back({to, from, nbytes});
     }
     ftrain::copy_batch(copies, threads);
-}
-
-void write_from(int fd, std::uintptr_t address, std::size_t nbytes, std::uint64_t offset) {
-    nb::gil_scoped_release no_gil;
-    ftrain::write_from(fd, address, nbytes, offset, run_signal_handlers);
-}
-
-void read_into(int fd, std::uintptr_t address, std::size_t nbytes, std::uint64_t offset) {
-    nb::gil_scoped_release no_gil;
-    ftrain::read_into(fd, address, nbytes, offset, run_signal_handlers);
 }
 
 }  // namespace
@@ -243,15 +208,12 @@ NB_MODULE(_native, m) {
 
     m.def("memory_file", &ftrain::memory_file, "name"_a, "huge_pages"_a = false);
     m.def("crc32c", &crc32c, "buffer"_a, "value"_a = 0);
-    m.def("crc32c_software", &crc32c_software, "buffer"_a, "value"_a = 0);
     m.def("crc32c_address", &crc32c_address, "address"_a, "nbytes"_a, "value"_a = 0);
-    m.def("crc32c_chunks", &crc32c_chunks, "address"_a, "nbytes"_a, "chunk_bytes"_a);
     m.def("crc32c_backend", &ftrain::crc32c_backend);
     m.def("copy_batch", &copy_batch, "pairs"_a, "threads"_a = 1);
-    m.def("write_from", &write_from, "fd"_a, "address"_a, "nbytes"_a, "offset"_a);
-    m.def("read_into", &read_into, "fd"_a, "address"_a, "nbytes"_a, "offset"_a);
     ftrain::bind_cuda(m);
     ftrain::bind_engine(m);
+    ftrain::bind_look(m);
     m.def("set_parent_death_signal", &ftrain::set_parent_death_signal, "signum"_a);
     m.def("set_child_subreaper", &ftrain::set_child_subreaper, "on"_a);
 }

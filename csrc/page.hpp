@@ -7,10 +7,10 @@
 
 #include "failure.hpp"
 #include "mapping.hpp"
+#include "memory.hpp"
 
 namespace ftrain {
 
-constexpr std::size_t PAGE_BYTES = 4096;
 constexpr std::size_t PAGE_WORDS = PAGE_BYTES / sizeof(std::int64_t);
 
 // Makes the memory of a page, all zero, close-on-exec, of a size nobody can change, and returns its descriptor.

@@ -5,6 +5,7 @@ was attempted. Addresses and sizes are in bytes.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from typing_extensions import Buffer
 
@@ -67,14 +68,8 @@ def memory_file(name: str, huge_pages: bool = False) -> int:
 def crc32c(buffer: Buffer, value: int = 0) -> int:
     """CRC-32C (RFC 3720) of a contiguous buffer, continuing from the checksum `value` of what came before it."""
 
-def crc32c_software(buffer: Buffer, value: int = 0) -> int:
-    """The same as `crc32c`, by tables: what CPUs without the instruction run."""
-
 def crc32c_address(address: int, nbytes: int, value: int = 0) -> int:
     """As `crc32c`, for memory at an address."""
-
-def crc32c_chunks(address: int, nbytes: int, chunk_bytes: int) -> list[int]:
-    """The checksum of each `chunk_bytes` of the memory, of which the last may be shorter."""
 
 def crc32c_backend() -> str:
     """What computes checksums on this CPU: "sse4.2", "armv8" or "software"."""
@@ -84,12 +79,6 @@ def copy_batch(pairs: Sequence[tuple[int, int, int]], threads: int = 1) -> None:
 
     No destination may overlap another range.
     """
-
-def write_from(fd: int, address: int, nbytes: int, offset: int) -> None:
-    """Writes all of the memory at `offset` of the file. With O_DIRECT all three are multiples of 4096."""
-
-def read_into(fd: int, address: int, nbytes: int, offset: int) -> None:
-    """Fills the memory from `offset` of the file. EOFError where the file ends before."""
 
 def set_parent_death_signal(signum: int) -> None:
     """This process gets the signal when the thread that made it ends. Compare os.getppid() then: it may be gone."""
@@ -123,6 +112,32 @@ class Copier:
     def __init__(self, threads: int) -> None: ...
     def begin(self, plan: CopyPlan, base: int) -> CopyJob:
         """Starts copying to `base`. The sources must stay as they are until the job is done."""
+
+class Look:
+    """Where some tensors were and what they looked like: equal where memory, shapes, strides, types and devices are."""
+
+    def is_of(self, other: Look) -> bool:
+        """Whether the objects are the same, if both looks' still live."""
+
+    @property
+    def all_in_host_memory(self) -> bool:
+        """Whether the elements of each lie there one after the other in C order, but for a sign that is turned."""
+
+    def addresses(self) -> bytes:
+        """Where the tensors are, as unsigned 64-bit words."""
+
+def look(tensors: list[Any], kinds: tuple[type, ...], exchange: object, before: Look | None = None) -> Look | None:
+    """A look at tensors whose types are among `kinds`, of which `exchange` is the `__dlpack_c_exchange_api__`.
+
+    None where one is of another type or of complex numbers, where the exchange refuses one, or where it is of another
+    version. Quicker with an earlier look at the same tensors.
+    """
+
+def counters(objects: list[Any], descriptor: object, before: Look | None = None) -> bytes:
+    """An attribute of each object, as signed 64-bit words; `descriptor` is the attribute in their class.
+
+    TypeError where it is another kind of descriptor or of other objects. Quicker with an earlier look at the objects.
+    """
 
 class Pack:
     """The bytes of a pack's file, of which the boxes lie where they are until they are written. docs/format.md.

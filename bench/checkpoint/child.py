@@ -78,6 +78,9 @@ class Rank:
     def train(self, path: str, matmuls: int, steps: int) -> dict[str, Any]:
         return training.train(self._trainer(matmuls), Path(path), steps)
 
+    def held(self, path: str, check: bool) -> dict[str, Any]:
+        return self.saver.restore_held(Path(path) / str(self.rank), self.state, check)
+
     def memory(self, path: str) -> dict[str, Any]:
         """Resident bytes that a save and a load need at most over what stands between saves, and what stands."""
         usage.trim()

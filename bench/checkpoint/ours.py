@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import held
 from states import State
 
 import ftrain
@@ -21,6 +23,9 @@ class Ftrain:
 
     def begin(self, path: Path, state: State) -> FtrainPending:
         return FtrainPending(ftrain.async_save(path, state))
+
+    def restore_held(self, path: Path, state: State, check: bool) -> dict[str, Any]:
+        return held.restore(path, state, check)
 
     def close(self) -> None:
         """The arena stays for the next save."""

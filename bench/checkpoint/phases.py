@@ -16,7 +16,7 @@ from states import Workload
 from subjects import Subject
 from team import FailedError, Team
 
-PHASES = ("save", "load", "stall", "train", "memory")
+PHASES = ("save", "load", "arena", "stall", "train", "memory")
 COMPUTE_OVER_COPY = 4  # how much longer than a memcpy of the state the compute phase of a step is
 COMPUTE_SECONDS_MIN = 0.25
 
@@ -73,9 +73,14 @@ class Bench:
 
     def run(self, phase: str) -> None:
         """One of PHASES. What fails is in `failures` afterwards."""
-        {"save": self._save, "load": self._load, "stall": self._stall, "train": self._train, "memory": self._memory}[
-            phase
-        ]()
+        {
+            "save": self._save,
+            "load": self._load,
+            "arena": self._arena,
+            "stall": self._stall,
+            "train": self._train,
+            "memory": self._memory,
+        }[phase]()
 
     @property
     def total_bytes(self) -> int:
@@ -135,6 +140,17 @@ class Bench:
             self._limit_records("load", limit)
         for path in (*paths.values(), self._folder / "limit"):
             remove(path)
+
+    def _arena(self) -> None:
+        """Each rank from an arena of its own, at about the same time."""
+        for subject, team, repeat in self._turns("arena"):
+            path = self._folder / "arena"
+            with self._reporting("arena", subject, path):
+                team.ask("open", workload=self.workload.as_json(), cleared=False)
+                answers = team.ask("held", path=str(path), check=repeat == 0)
+                team.ask("close")
+                slowest = max(answers, key=lambda answer: float(answer["seconds"]))
+                self._record("arena", subject.name, repeat, slowest, {"memcpy": slowest["memcpy"]})
 
     def _stall(self) -> None:
         matmuls = self._matmuls()

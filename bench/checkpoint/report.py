@@ -26,7 +26,15 @@ class Report:
 
     def __str__(self) -> str:
         head = f"## {self.title}: {self.total_bytes / GB:.3f} GB in {self.tensors} tensors"
-        sections = [self._limits(), self._save(), *self._loads(), self._stall(), self._train(), self._memory()]
+        sections = [
+            self._limits(),
+            self._save(),
+            *self._loads(),
+            self._arena(),
+            self._stall(),
+            self._train(),
+            self._memory(),
+        ]
         return "\n\n".join([head, *filter(None, [*sections, self._failures()])])
 
     def _of(self, measure: str) -> dict[str, list[Record]]:
@@ -89,6 +97,18 @@ class Report:
             for name, found in self._of(measure).items()
         ]
         return table(title, ["", "wall time", "speed", f"of the {limit} limit", "CPU a GB"], rows)
+
+    def _arena(self) -> str:
+        rows = [
+            [
+                name,
+                spread([r.values["seconds"] for r in found], "s"),
+                spread([r.limits["memcpy"] for r in found], "s"),
+                percents(r.limits["memcpy"] / r.values["seconds"] for r in found),
+            ]
+            for name, found in self._of("arena").items()
+        ]
+        return table("Restore from the arena", ["", "wall time", "memcpy by one thread", "of memcpy"], rows)
 
     def _stall(self) -> str:
         def over_copy(found: list[Record], which: str, limit: str) -> str:

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from states import State
 
@@ -33,6 +33,12 @@ class Saver(Protocol):
 
     def begin(self, path: Path, state: State) -> Pending:
         """Save while the caller goes on; only where the subject has the phases "stall" and "train"."""
+
+    def restore_held(self, path: Path, state: State, check: bool) -> dict[str, Any]:
+        """Save, and restore from the memory that holds what was saved; only where the subject has the phase "arena".
+
+        Seconds of that, and of a memcpy of the same bytes.
+        """
 
     def close(self) -> None:
         """Give back what is kept from save to save, as far as the library lets go of it."""
@@ -70,7 +76,7 @@ BLOCKING = ("save", "load", "memory")
 ASYNC = ("stall", "train")
 
 SUBJECTS = [
-    Subject("ftrain", "ours:Ftrain", phases(*BLOCKING, *ASYNC), "crc32c", "file and folder", ("ftrain",)),
+    Subject("ftrain", "ours:Ftrain", phases(*BLOCKING, *ASYNC, "arena"), "crc32c", "file and folder", ("ftrain",)),
     Subject("DCP", "peers_dcp:Dcp", phases(*BLOCKING), "none", "file"),
     Subject(
         "torch.save",

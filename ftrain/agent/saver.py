@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from ftrain.checkpoint.arena import Arena
-from ftrain.checkpoint.persist import persist_slot
+from ftrain.checkpoint.persist import BESIDE_TRAINING, persist_slot
 from ftrain.core.messages import Attempt, PackRecord
 from ftrain.errors import FtrainError
 from ftrain.storage.base import Storage
@@ -18,14 +19,25 @@ THREADS_MAX = 8
 
 
 class Saver:
-    """One for each agent. Results are delivered by `done(attempt, rank, pack or None, cause)`, from a thread."""
+    """One for each agent. Results are delivered by `done(attempt, rank, pack or None, cause)`, from a thread.
+
+    `bytes_per_second_max` bounds what all its ranks together write (0: no bound).
+    """
 
     def __init__(
-        self, storage: Storage, ranks: int, done: Callable[[Attempt, int, PackRecord | None, str], None]
+        self,
+        storage: Storage,
+        ranks: int,
+        done: Callable[[Attempt, int, PackRecord | None, str], None],
+        bytes_per_second_max: int = 0,
     ) -> None:
+        threads = min(ranks, THREADS_MAX)
         self._storage = storage
         self._done = done
-        self._pool = ThreadPoolExecutor(min(ranks, THREADS_MAX), "ftrain-saver")
+        self._pool = ThreadPoolExecutor(threads, "ftrain-saver")
+        # Each pack keeps to its share: what one does not use, since it is done already, is not given to the others.
+        share = -(-bytes_per_second_max // threads)
+        self._effort = dataclasses.replace(BESIDE_TRAINING, bytes_per_second_max=share)
         self._cancelled: dict[Attempt, threading.Event] = {}
 
     def save(self, attempt: Attempt, rank: int, arena: Arena, slot: int) -> None:
@@ -47,7 +59,7 @@ class Saver:
 
     def _save(self, attempt: Attempt, rank: int, arena: Arena, slot: int, cancelled: threading.Event) -> None:
         try:
-            pack = persist_slot(self._storage, attempt, rank, arena, slot, cancelled.is_set)
+            pack = persist_slot(self._storage, attempt, rank, arena, slot, cancelled.is_set, self._effort)
         except (FtrainError, OSError) as error:
             self._done(attempt, rank, None, "" if cancelled.is_set() else str(error))
         except Exception as error:  # a thread's edge: a bug here must abort the attempt, not strand it

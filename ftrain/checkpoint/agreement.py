@@ -52,7 +52,8 @@ class Plans:
         last = self._last
         if last is None or (last.pack.rank, last.pack.world_size) != (peers.rank, peers.world_size):
             return None
-        return last if len(specs) == len(last.specs) and all(map(_same, specs, last.specs)) else None
+        is_same = specs is last.specs or (len(specs) == len(last.specs) and all(map(_same, specs, last.specs)))
+        return last if is_same else None
 
     def agree(self, specs: Sequence[TensorSpec], peers: Peers) -> Agreed:
         """The plan for these specs. A collective; raises `MismatchedState` on every rank where ranks disagree."""

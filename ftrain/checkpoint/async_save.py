@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from array import array
@@ -12,34 +13,39 @@ from pathlib import Path
 from ftrain import _native
 from ftrain.checkpoint.agreement import Agreed, Plans
 from ftrain.checkpoint.arena import Arena, Image
-from ftrain.checkpoint.job import Job, State
+from ftrain.checkpoint.job import Job, Jobs, State
 from ftrain.checkpoint.pack_plan import CleanSlots, PackPlan
 from ftrain.checkpoint.peers import Peers, peers, together
 from ftrain.checkpoint.persist import BESIDE_TRAINING
 from ftrain.checkpoint.stage import StagePlan, Stager, Staging
 from ftrain.checkpoint.target import Target
 from ftrain.core.layout import TensorSpec
-from ftrain.errors import MismatchedState
+from ftrain.errors import MismatchedState, UsageError
+from ftrain.storage.base import Effort
 
 SLOTS = 2  # of the arena: one being written, one being filled
 
 
-def async_save(path: str | Path, state: State, *, step: int = 0) -> Saving:
+def async_save(path: str | Path, state: State, *, step: int = 0, bytes_per_second_max: int = 0) -> Saving:
     """Save a state while training goes on: returns at once, the copy overlaps what follows.
 
     As `save`, except that `Saving.result` says what became of it. Optimizers wait by themselves until what they change
     is copied; whoever changes tensors in another way calls `Saving.staged` before. A tensor that was changed all the
     same makes this save fail, never the checkpoint wrong. The memory for the copy is kept for the next call, with room
-    for two: a third save waits for the first.
+    for two: a third save waits for the first. `bytes_per_second_max` bounds how fast this rank writes (0: no bound):
+    for storage that training needs, too.
     """
     began = time.perf_counter()
-    group = peers()
+    if bytes_per_second_max < 0:
+        raise UsageError(f"bytes_per_second_max={bytes_per_second_max}: give a number of bytes, or 0 for no bound")
+    effort = dataclasses.replace(BESIDE_TRAINING, bytes_per_second_max=bytes_per_second_max)
+    group, engine = peers(), _engine()
     try:
-        target, job = Target(path, step), Job(state)
+        target, job = Target(path, step), engine.jobs.job(state)
     except Exception:
         with together(group, f"saving {path}"):  # the other ranks are about to ask how it went
             raise
-    saving = _engine().begin(target, job, group)
+    saving = engine.begin(target, job, group, effort)
     saving.called(time.perf_counter() - began)
     return saving
 
@@ -107,6 +113,7 @@ class _Engine:
 
     def __init__(self) -> None:
         self.pid = os.getpid()
+        self.jobs = Jobs()
         self._plans = Plans()
         self._arena = Arena(_native.memory_file("ftrain-save"))
         self._stager = Stager()
@@ -117,7 +124,7 @@ class _Engine:
         self._slots = CleanSlots(self._arena)
         self._stage_plan: tuple[Agreed, StagePlan] | None = None
 
-    def begin(self, target: Target, job: Job, group: Peers) -> Saving:
+    def begin(self, target: Target, job: Job, group: Peers, effort: Effort) -> Saving:
         what = f"saving {target}"
         agreed = self._plans.known(job.specs, group)
         is_checked = agreed is None or group.world_size == 1
@@ -128,8 +135,9 @@ class _Engine:
         slot, image = self._take_slot(agreed.pack)
         if self._stage_plan is None or self._stage_plan[0] is not agreed:
             keys = [write.spec.key for write in agreed.pack.writes]
-            self._stage_plan = agreed, StagePlan(keys, agreed.pack.offsets, job.late(agreed.pack))
-        saving = Saving(self._stager.begin(self._stage_plan[1], job.tensors(agreed.pack), image))
+            self._stage_plan = agreed, StagePlan(keys, agreed.pack.offsets, job.written_late(agreed.pack))
+        seen = job.seen if job.writes_all(agreed.pack) else None
+        saving = Saving(self._stager.begin(self._stage_plan[1], job.written(agreed.pack), image, seen))
         self._users[slot], self._order[slot] = saving, self._count
         self._count += 1
         specs, plain = job.specs, job.plain
@@ -144,7 +152,7 @@ class _Engine:
                 finish()
                 return array("Q", [image.address + offset for offset in agreed.pack.offsets])
 
-            target.commit(agreed, group, find, plain, BESIDE_TRAINING, image.address)
+            target.commit(agreed, group, find, plain, effort, image.address)
 
         self._writer.submit(saving.run, write)
         return saving

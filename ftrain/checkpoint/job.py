@@ -2,40 +2,134 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+import itertools
+import operator
+from collections import OrderedDict
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ftrain import _native
 from ftrain.checkpoint.agreement import encode_plain
 from ftrain.checkpoint.garbage import no_collection
+from ftrain.checkpoint.look import is_unchanged, quick_look
 from ftrain.checkpoint.pack_plan import PackPlan
 from ftrain.checkpoint.tracked import Tracked
+from ftrain.core.layout import TensorSpec
 
 State = MutableMapping[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
 class Job:
-    """A state as it is when it is saved."""
+    """A state as it is when it is saved. `late` and `tensors` are in the order of `specs`; `plain` is encoded."""
 
-    def __init__(self, state: State) -> None:
-        tracked = Tracked()
-        tracked.add_state(state)
-        with no_collection():
-            part = tracked.collect()
-        self.items = part.items
-        self.plain = encode_plain({"tracked": part.plain})
-        self.specs = [item.spec for item in part.items]
+    specs: list[TensorSpec]
+    late: list[bool]
+    tensors: list[torch.Tensor]
+    plain: dict[str, Any]
+    seen: _native.Look | None  # a look at the tensors, where there was one
 
-    def tensors(self, pack: PackPlan) -> list[torch.Tensor]:
+    def written(self, pack: PackPlan) -> list[torch.Tensor]:
         """What the pack's boxes hold, in their order."""
-        return [self.items[place].local for place in self._places(pack)]
+        return self.tensors if self.writes_all(pack) else [self.tensors[place] for place in self._places(pack)]
 
-    def late(self, pack: PackPlan) -> list[bool]:
-        return [self.items[place].late for place in self._places(pack)]
+    def written_late(self, pack: PackPlan) -> list[bool]:
+        return self.late if self.writes_all(pack) else [self.late[place] for place in self._places(pack)]
 
-    def _places(self, pack: PackPlan) -> range | list[int]:
-        if len(pack.writes) == len(self.items):
-            return range(len(self.items))
+    def writes_all(self, pack: PackPlan) -> bool:
+        """Whether the pack's boxes are all of the job's tensors, and in their order."""
+        return len(pack.writes) == len(self.specs)
+
+    def _places(self, pack: PackPlan) -> list[int]:
         by_name = {(spec.key, spec.private): place for place, spec in enumerate(self.specs)}
         return [by_name[write.spec.key, write.spec.private] for write in pack.writes]
+
+
+class Jobs:
+    """Makes jobs of states, and remembers the last one that held nothing but plain tensors: usually it is the next one.
+
+    Of such a state only the names and the places of its tensors have to be looked at again.
+    """
+
+    def __init__(self) -> None:
+        self._known: _Known | None = None
+
+    def job(self, state: State) -> Job:
+        """The job of saving the state as it is now. Raises `UsageError` where it cannot be saved, naming the key."""
+        leaves = _leaves(state)
+        if leaves is None:
+            return _job(state)
+        known = self._known
+        seen = quick_look(leaves.tensors, known.seen if known is not None else None)
+        if seen is None:
+            return _job(state)
+        if known is not None and leaves.is_named_as(known.leaves) and is_unchanged(leaves.tensors, seen, known.seen):
+            return Job(known.specs, known.late, leaves.tensors, known.plain, seen)
+        job = _job(state)
+        if leaves.has_plain_names() and len(job.tensors) == len(leaves.tensors):
+            is_same_list = known is not None and known.specs == job.specs
+            specs = known.specs if known is not None and is_same_list else job.specs  # whoever knows it asks no further
+            self._known = _Known(_Leaves(leaves.names, leaves.sizes, leaves.keys, []), seen, specs, job.late, job.plain)
+        return job
+
+
+@dataclass(frozen=True, slots=True)
+class _Leaves:
+    """The tensors of a dict of tensors, or of a dict of such dicts, of which `names` and `sizes` then tell."""
+
+    names: list[Any]
+    sizes: list[int]
+    keys: list[Any]
+    tensors: list[torch.Tensor]
+
+    def is_named_as(self, other: _Leaves) -> bool:
+        return self.sizes == other.sizes and _are_same(self.names, other.names) and _are_same(self.keys, other.keys)
+
+    def has_plain_names(self) -> bool:
+        return set(map(type, itertools.chain(self.names, self.keys))) <= {str}
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    leaves: _Leaves  # without the tensors: they are the user's to let go
+    seen: _native.Look
+    specs: list[TensorSpec]
+    late: list[bool]
+    plain: dict[str, Any]
+
+
+def _leaves(state: State) -> _Leaves | None:
+    """None for a state of another kind; what the values are besides dicts is for a look to find out."""
+    values = list(state.values())
+    if not values or isinstance(values[0], torch.Tensor):
+        return _Leaves([], [], list(state), values)
+    if not all(type(value) in (dict, OrderedDict) for value in values):
+        return None
+    keys: list[Any] = []
+    tensors: list[torch.Tensor] = []
+    for value in values:
+        keys += value
+        tensors += value.values()
+    return _Leaves(list(state), [len(value) for value in values], keys, tensors)
+
+
+def _are_same(names: Sequence[Any], known: Sequence[Any]) -> bool:
+    """Whether these are the known names, all of them strings. The same objects, as a rule, so that is asked first."""
+    if len(names) != len(known):
+        return False
+    return all(map(operator.is_, names, known)) or (set(map(type, names)) == {str} and names == known)
+
+
+def _job(state: State) -> Job:
+    tracked = Tracked()
+    tracked.add_state(state)
+    with no_collection():
+        part = tracked.collect()
+    items = part.items
+    plain = encode_plain({"tracked": part.plain})
+    return Job(
+        [item.spec for item in items], [item.late for item in items], [item.local for item in items], plain, None
+    )

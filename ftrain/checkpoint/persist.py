@@ -22,7 +22,13 @@ BESIDE_TRAINING = Effort(threads=1, nice=10)
 
 
 def persist_slot(
-    storage: Storage, attempt: Attempt, rank: int, arena: Arena, slot: int, should_stop: Callable[[], bool]
+    storage: Storage,
+    attempt: Attempt,
+    rank: int,
+    arena: Arena,
+    slot: int,
+    should_stop: Callable[[], bool],
+    effort: Effort = BESIDE_TRAINING,
 ) -> PackRecord:
     """Write the pack that `slot` holds, and its index, durably: once this returned, the rank is prepared.
 
@@ -44,7 +50,7 @@ def persist_slot(
     def finish(boxes: list[int], chunks: list[int]) -> bytes:
         return encode_index(_summed(sealed, boxes, chunks))
 
-    return _write(storage, attempt.path, sealed, pack, finish, BESIDE_TRAINING, should_stop)
+    return _write(storage, attempt.path, sealed, pack, finish, effort, should_stop)
 
 
 def persist_plan(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
@@ -12,12 +13,21 @@ import torch
 
 from ftrain import _native
 from ftrain.checkpoint.arena import Image
-from ftrain.checkpoint.host import all_lie_in_host_memory, lies_in_host_memory
+from ftrain.checkpoint.host import lies_in_host_memory
 from ftrain.checkpoint.items import TensorItem
+from ftrain.checkpoint.look import host_addresses
 from ftrain.checkpoint.publish import read_index
 from ftrain.core import plain as plain_data
 from ftrain.core.layout import Box, Entry, Piece, local_box, read_plan, split, strides
-from ftrain.core.manifest import MANIFEST_PATH, Manifest, PackIndex, check_coverage, data_path, decode_manifest
+from ftrain.core.manifest import (
+    MANIFEST_PATH,
+    BoxRecord,
+    Manifest,
+    PackIndex,
+    check_coverage,
+    data_path,
+    decode_manifest,
+)
 from ftrain.errors import CheckpointNotFound, CorruptCheckpoint, MismatchedState, NotFound
 from ftrain.storage.base import Ranges, Storage
 
@@ -147,6 +157,8 @@ class Checkpoint:
         indirect: list[tuple[Piece, _Target]] = []
         for private in (False, True):
             chosen = [item for item in items if item.spec.private == private]
+            if not chosen:
+                continue
             rest = self._add_whole(chosen, private, rank, ranges, proofs)
             boxes = [local_box(item.spec, rank) for item in rest]
             wanted = [(item.spec.key, box) for item, box in zip(rest, boxes, strict=True) if box is not None]
@@ -175,19 +187,25 @@ class Checkpoint:
             for record, crc32c in zip(self._indexes[pack].boxes, self._indexes[pack].box_crc32c, strict=True)
             if record.private == private and record.is_whole
         }
-        direct: list[TensorItem] = []
+        direct: list[torch.Tensor] = []
         rest: list[TensorItem] = []
-        all_simple = all_lie_in_host_memory([item.local for item in items])
+        records: list[tuple[int, BoxRecord, int]] = []
+        addresses = host_addresses([item.local for item in items])
         for item in items:
-            is_simple = all_simple or lies_in_host_memory(item.local)
-            is_whole = is_simple and item.spec.mesh is None and item.spec.key in found
-            (direct if is_whole else rest).append(item)
-        records = [found[item.spec.key] for item in direct]
+            spec, local = item.spec, item.local
+            record = found.get(spec.key) if spec.mesh is None else None
+            if record is not None and (addresses is not None or lies_in_host_memory(local)):
+                records.append(record)
+                direct.append(local)
+            else:
+                rest.append(item)
         ranges.files.extend([pack for pack, _, _ in records])
         ranges.sums.extend([crc32c for _, _, crc32c in records])
         ranges.offsets.extend([record.offset for _, record, _ in records])
         ranges.sizes.extend([record.nbytes for _, record, _ in records])
-        ranges.addresses.extend([item.local.data_ptr() for item in direct])
+        if rest or addresses is None:
+            addresses = array("Q", map(torch.Tensor.data_ptr, direct))
+        ranges.addresses.extend(addresses)
         proofs += [(record.key, pack) for pack, record, _ in records]
         return rest
 
@@ -199,16 +217,17 @@ class Checkpoint:
     def _check(self, items: Sequence[TensorItem], rank: int, elsewhere: Collection[str]) -> None:
         own = self.private_tensors(rank) if any(item.spec.private for item in items) else {}
         missing, different = [], []
+        shared = self._tensors
         for spec in [item.spec for item in items]:
-            saved = (own if spec.private else self._tensors).get(spec.key)
+            saved = (own if spec.private else shared).get(spec.key)
             if saved is None:
                 missing.append(spec.key)
-            elif (saved.dtype, saved.shape) != (spec.dtype, spec.shape):
+            elif saved.shape != spec.shape or saved.dtype != spec.dtype:
                 different.append(
                     f"{spec.key} ({saved.dtype}{list(saved.shape)} saved, {spec.dtype}{list(spec.shape)} here)"
                 )
         asked = {item.spec.key for item in items if not item.spec.private} | set(elsewhere)
-        extra = [key for key in self._tensors if key not in asked]
+        extra = [] if asked >= shared.keys() else [key for key in shared if key not in asked]
         found = [
             _named("not in the checkpoint", missing),
             _named("only in the checkpoint", extra),
@@ -223,10 +242,15 @@ class Checkpoint:
         """The places of ranges that are damaged, from wherever their bytes were nearest."""
         if not self._held:
             return self._storage.read_ranges(ranges)
-        rest = [place for place, pack in enumerate(ranges.files) if pack not in self._held]
-        for pack, image in self._held.items():
-            places = [place for place, number in enumerate(ranges.files) if number == pack]
-            own = ranges.only(places)
+        packs = set(ranges.files)
+        is_rest = bool(packs - self._held.keys())
+        rest = [place for place, pack in enumerate(ranges.files) if pack not in self._held] if is_rest else []
+        for pack in packs & self._held.keys():
+            image, own = self._held[pack], ranges
+            places: Sequence[int] = range(len(ranges))
+            if packs != {pack}:
+                places = [place for place, number in enumerate(ranges.files) if number == pack]
+                own = ranges.only(places)
             damaged = _native.gather(
                 image.address, image.nbytes, own.sums, own.offsets, own.sizes, own.addresses, threads=GATHER_THREADS
             )

@@ -9,14 +9,16 @@ import torch
 
 from ftrain.checkpoint.agreement import Plans
 from ftrain.checkpoint.async_save import async_save
-from ftrain.checkpoint.host import all_in_host_memory
-from ftrain.checkpoint.job import Job, State
+from ftrain.checkpoint.host import in_host_memory
+from ftrain.checkpoint.job import Jobs, State
+from ftrain.checkpoint.look import host_addresses
 from ftrain.checkpoint.peers import peers, together
 from ftrain.checkpoint.target import Target
 from ftrain.storage.base import Effort
 
 EFFORT = Effort(threads=2)  # nothing else is to be done meanwhile
 _plans = Plans()
+_jobs = Jobs()
 
 
 def save(path: str | Path, state: State, *, step: int = 0) -> None:
@@ -33,7 +35,12 @@ def save(path: str | Path, state: State, *, step: int = 0) -> None:
         return
     group = peers()
     with together(group, f"saving {path}"):
-        target, job = Target(path, step), Job(state)
+        target, job = Target(path, step), _jobs.job(state)
     agreed = _plans.agree(job.specs, group)
-    held = all_in_host_memory(job.tensors(agreed.pack))
-    target.commit(agreed, group, lambda: array("Q", map(torch.Tensor.data_ptr, held)), job.plain, EFFORT)
+    held = job.written(agreed.pack)
+    addresses = host_addresses(held)
+    if addresses is None:
+        held = [in_host_memory(tensor) for tensor in held]
+        addresses = array("Q", map(torch.Tensor.data_ptr, held))
+    found = addresses
+    target.commit(agreed, group, lambda: found, job.plain, EFFORT)

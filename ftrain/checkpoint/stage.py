@@ -8,7 +8,6 @@ then what was staged is refused, and that tensor is copied at once from then on.
 
 from __future__ import annotations
 
-import operator
 import os
 import threading
 import time
@@ -21,20 +20,18 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ftrain import _native
 from ftrain.checkpoint.arena import Image
-from ftrain.checkpoint.host import in_host_memory, lies_in_host_memory
+from ftrain.checkpoint.host import all_lie_in_host_memory, in_host_memory, lies_in_host_memory
+from ftrain.checkpoint.look import Look, is_unchanged, look, versions
 from ftrain.errors import MismatchedState
 
 if TYPE_CHECKING:
     from ftrain.checkpoint.device import DeviceCopies, DeviceTicket
 
-_data_ptr = torch.Tensor.data_ptr
-_version = operator.attrgetter("_version")  # counts what was done to a tensor in place
-
 
 class StagePlan:
     """Where tensors go, again and again: `keys` name them, `offsets` are in bytes from the base.
 
-    The tensors themselves come with each `Stager.begin`. They may change their memory in between, not their shape.
+    The tensors themselves come with each `Stager.begin`. They may change their memory in between, not shape and type.
     `late` says for each whether it may be copied late.
     """
 
@@ -42,23 +39,27 @@ class StagePlan:
         self.keys = keys
         self._offsets = offsets
         self._late = list(late)
-        self._pointers: list[int] | None = None
-        self._forms: list[tuple[torch.Size, tuple[int, ...]]] = []
+        self.seen: Look | None = None
+        self._forms: list[tuple[torch.Size, torch.dtype]] = []
 
     def copy_at_once(self, changed: Sequence[int]) -> None:
         """These change outside of optimizers. Numbers count the tensors, here and below."""
         for number in changed:
             self._late[number] = False
-        self._pointers = None
+        self.seen = None
 
-    def prepare(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Look where the tensors are now, and sort them by how they are to be copied."""
-        pointers = list(map(_data_ptr, tensors))
-        if pointers == self._pointers:
+    def prepare(self, tensors: list[torch.Tensor], seen: Look | None = None) -> None:
+        """Look where the tensors are now, and sort them by how they are to be copied.
+
+        `seen` is the look at them where there was one. Raises `MismatchedState` where shape or type is another one.
+        """
+        seen = look(tensors, self.seen) if seen is None else seen
+        if is_unchanged(tensors, seen, self.seen):
             return
-        self._forms = [(tensor.shape, tensor.stride()) for tensor in tensors]
+        self._check_forms(tensors)
         full = [number for number, tensor in enumerate(tensors) if tensor.numel()]
-        host = [number for number in full if lies_in_host_memory(tensors[number])]
+        all_host = all_lie_in_host_memory(tensors)
+        host = full if all_host else [number for number in full if lies_in_host_memory(tensors[number])]
         self.device = [number for number in full if tensors[number].device.type == "cuda"]
         self.odd = sorted(set(full) - set(host) - set(self.device))
         # Tensors made in inference mode count no versions: nothing would show that they changed.
@@ -67,29 +68,29 @@ class StagePlan:
         self.guarded = [number for number in late if number not in odd]
         guarded = set(self.guarded)
         self.all_device_is_late = guarded.issuperset(self.device)
-        self.late_plan = self._copy_plan([number for number in host if number in guarded], tensors, pointers)
-        self.early_plan = self._copy_plan([number for number in host if number not in guarded], tensors, pointers)
-        self._pointers = pointers
-
-    def check_forms(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Raises `MismatchedState` where a tensor has not the shape and strides that it was copied with."""
-        for number, (tensor, form) in enumerate(zip(tensors, self._forms, strict=True)):
-            if (tensor.shape, tensor.stride()) != form:
-                raise MismatchedState(
-                    f"{self.keys[number]} had the shape {list(form[0])} and has {list(tensor.shape)}: plan again"
-                )
+        self.late_plan = self._copy_plan([number for number in host if number in guarded], tensors)
+        self.early_plan = self._copy_plan([number for number in host if number not in guarded], tensors)
+        self.seen = seen
 
     def offset(self, number: int) -> int:
         return self._offsets[number]
 
-    def _copy_plan(
-        self, numbers: Sequence[int], tensors: Sequence[torch.Tensor], pointers: Sequence[int]
-    ) -> _native.CopyPlan | None:
+    def _check_forms(self, tensors: Sequence[torch.Tensor]) -> None:
+        forms = [(tensor.shape, tensor.dtype) for tensor in tensors]
+        self._forms = self._forms or forms
+        for key, (shape, dtype), (shape_now, dtype_now) in zip(self.keys, self._forms, forms, strict=True):
+            if (shape, dtype) != (shape_now, dtype_now):
+                raise MismatchedState(
+                    f"{key} had the shape {list(shape)} and has {list(shape_now)}, "
+                    f"was of {dtype} and is of {dtype_now}: plan again"
+                )
+
+    def _copy_plan(self, numbers: Sequence[int], tensors: Sequence[torch.Tensor]) -> _native.CopyPlan | None:
         if not numbers:
             return None
         return _native.CopyPlan(
             array("Q", [self._offsets[number] for number in numbers]),
-            array("Q", [pointers[number] for number in numbers]),
+            array("Q", [tensors[number].data_ptr() for number in numbers]),
             array("Q", [tensors[number].nbytes for number in numbers]),
         )
 
@@ -97,14 +98,16 @@ class StagePlan:
 class Staging:
     """Copies in flight. Made by `Stager.begin`."""
 
-    def __init__(self, plan: StagePlan, tensors: Sequence[torch.Tensor], image: Image) -> None:
+    def __init__(self, plan: StagePlan, tensors: list[torch.Tensor], image: Image) -> None:
         self._plan = plan
-        self._tensors = tensors
-        self._image = image  # stays mapped for as long as something may be copied to it
-        self._guarded = [tensors[number] for number in plan.guarded]
-        self._versions = list(map(_version, self._guarded))
-        self._job: _native.CopyJob | None = None
-        self._ticket: DeviceTicket | None = None
+        self._tensors = tensors  # held, as the image is, for as long as something may be copied
+        self._image: Image | None = image
+        all_guarded = len(plan.guarded) == len(tensors)
+        self._guarded = tensors if all_guarded else [tensors[number] for number in plan.guarded]
+        self._seen = plan.seen if all_guarded else None
+        self._versions = b""
+        self.job: _native.CopyJob | None = None
+        self.ticket: DeviceTicket | None = None
         self._lock = threading.Lock()
         self._checked = False
         self._changed: list[int] = []
@@ -118,19 +121,26 @@ class Staging:
         began = self._wait_began
         return self.boundary_seconds + self._waited + (time.perf_counter() - began if began else 0.0)
 
-    def fly(self, job: _native.CopyJob | None, ticket: DeviceTicket | None) -> None:
-        """What is in flight."""
-        self._job, self._ticket = job, ticket
+    def watch(self) -> None:
+        """From here on what is copied late must not change. May be called when the copies have begun already."""
+        self._versions = versions(self._guarded, self._seen)
+
+    def wait(self) -> None:
+        """Wait for the copies."""
+        if self.job is not None:
+            self.job.wait()
+        if self.ticket is not None:
+            self.ticket.wait()
 
     def before_write(self) -> None:
         """To be called before what is copied late may change: waits for it, on the device where it is there."""
         self._wait_began = time.perf_counter()
         try:
-            if self._job is not None:
-                self._job.wait()
+            if self.job is not None:
+                self.job.wait()
             self._check()
-            if self._ticket is not None:
-                self._ticket.order()
+            if self.ticket is not None:
+                self.ticket.order()
         finally:
             self._waited += time.perf_counter() - self._wait_began
             self._wait_began = 0.0
@@ -138,13 +148,11 @@ class Staging:
     def finish(self) -> None:
         """Wait until everything is in its place. Raises `MismatchedState` where a tensor changed under the copy."""
         try:
-            if self._job is not None:
-                self._job.wait()
-            if self._ticket is not None:
-                self._ticket.wait()
+            self.wait()
             self._check()
         finally:
             _in_flight.discard(self)
+        self._tensors, self._image = [], None
         if self._changed:
             self._plan.copy_at_once([self._plan.guarded[place] for place in self._changed])
             keys = [self._plan.keys[self._plan.guarded[place]] for place in self._changed[:5]]
@@ -152,7 +160,6 @@ class Staging:
                 f"{', '.join(keys)} changed outside of an optimizer's step while being copied; "
                 "from the next time on this is copied at once"
             )
-        self._plan.check_forms(self._tensors)
 
     def _check(self) -> None:
         """Compare the version counters, once: after the first time the tensors may change."""
@@ -160,10 +167,11 @@ class Staging:
             if self._checked:
                 return
             self._checked = True
-            now = list(map(_version, self._guarded))
+            now = versions(self._guarded, self._seen)
             if now != self._versions:
-                pairs = enumerate(zip(self._versions, now, strict=True))
+                pairs = enumerate(zip(array("q", self._versions), array("q", now), strict=True))
                 self._changed = [place for place, (before, after) in pairs if before != after]
+            self._guarded, self._seen = [], None
 
 
 class Stager:
@@ -175,24 +183,33 @@ class Stager:
         self._device: DeviceCopies | None = None
         self._pid = os.getpid()
 
-    def begin(self, plan: StagePlan, tensors: Sequence[torch.Tensor], image: Image) -> Staging:
-        """Copy the plan's tensors to their places in `image`. `Staging.finish` says when they are all there."""
+    def begin(self, plan: StagePlan, tensors: list[torch.Tensor], image: Image, seen: Look | None = None) -> Staging:
+        """Copy the plan's tensors to their places in `image`. `Staging.finish` says when they are all there.
+
+        `seen` is the look at the tensors where there was one. Raises as `StagePlan.prepare`.
+        """
         began = time.perf_counter()
-        plan.prepare(tensors)
+        plan.prepare(tensors, seen)
         if self._copier is None or self._pid != os.getpid():
             self._copier, self._pid = _native.Copier(self._threads), os.getpid()
         base = image.address
         staging = Staging(plan, tensors, image)
-        job = self._copier.begin(plan.late_plan, base) if plan.late_plan is not None else None
-        ticket = self._begin_on_device(plan, tensors, image) if plan.device else None
-        staging.fly(job, ticket)
-        if plan.early_plan is not None:
-            self._copier.begin(plan.early_plan, base).wait()
-        for number in plan.odd:
-            _copy_odd(tensors[number], base + plan.offset(number))
-        if ticket is not None and not plan.all_device_is_late:
-            ticket.order()  # some of what is on the device may change right away
-        if job is not None or ticket is not None:
+        try:
+            if plan.late_plan is not None:
+                staging.job = self._copier.begin(plan.late_plan, base)
+            if plan.device:
+                staging.ticket = self._begin_on_device(plan, tensors, image)
+            staging.watch()
+            if plan.early_plan is not None:
+                self._copier.begin(plan.early_plan, base).wait()
+            for number in plan.odd:
+                _copy_odd(tensors[number], base + plan.offset(number))
+            if staging.ticket is not None and not plan.all_device_is_late:
+                staging.ticket.order()  # some of what is on the device may change right away
+        except BaseException:
+            staging.wait()  # before the tensors are let go
+            raise
+        if staging.job is not None or staging.ticket is not None:
             _in_flight.add(staging)
         staging.boundary_seconds = time.perf_counter() - began
         return staging

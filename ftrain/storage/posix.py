@@ -22,6 +22,7 @@ from ftrain._native import Pack
 from ftrain.core.layout import ALIGNMENT_BYTES
 from ftrain.errors import AlreadyExists, CorruptCheckpoint, NotFound, StorageError, UnknownOutcome
 from ftrain.storage.base import Effort, Ranges
+from ftrain.storage.neighbours import Neighbours
 
 READ_THREADS = 2
 FILES_MAX = 256  # open at a time
@@ -36,6 +37,7 @@ class PosixStorage:
 
     def __init__(self, root: str | Path) -> None:
         self._root = Path(root).absolute()
+        self._neighbours = Neighbours.of_environment()
         self._synced: set[tuple[str, int]] = set()  # (directory, inode) whose name is known to be durable
         self._doubtful: set[str] = set()  # paths whose directory's sync failed: only a restart shows what they are
 
@@ -96,21 +98,28 @@ class PosixStorage:
             raise _failure("cannot read", target, error) from error
 
     def read_ranges(self, ranges: Ranges) -> list[int]:
+        shared = self._are_shared(ranges)
         if len(ranges.paths) <= FILES_MAX:
-            return self._read_ranges(ranges.paths, ranges)
+            return self._read_ranges(ranges, shared)
         damaged: list[int] = []
         for first in range(0, len(ranges.paths), FILES_MAX):
             part, places = _of_files(ranges, first, first + FILES_MAX)
-            damaged += [places[place] for place in self._read_ranges(part.paths, part)]
+            damaged += [places[place] for place in self._read_ranges(part, shared)]
         return sorted(damaged)
 
-    def _read_ranges(self, paths: list[str], ranges: Ranges) -> list[int]:
+    def _are_shared(self, ranges: Ranges) -> bool:
+        """Whether other ranks of this node seem to read the same: then it goes through the page cache."""
+        if self._neighbours.ranks == 1:
+            return False
+        return self._neighbours.read_twice(sum(ranges.sizes), sum(map(self.size, ranges.paths)))
+
+    def _read_ranges(self, ranges: Ranges, shared: bool) -> list[int]:
         files: list[tuple[int, bool]] = []
-        where = self._path("")
+        paths, where = ranges.paths, self._path("")
         try:
             for path in paths:
                 where = self._path(path)
-                files.append(_open_to_read(where))
+                files.append(_open_to_read(where, self._neighbours if shared else None))
             where = self._path(paths[0]) if len(paths) == 1 else self._path("")
             return _native.fetch(
                 files, ranges.files, ranges.sums, ranges.offsets, ranges.sizes, ranges.addresses, threads=READ_THREADS
@@ -250,9 +259,15 @@ def _write_synced(temporary: Path, flags: int, write: Callable[[int], _T]) -> _T
         os.close(descriptor)
 
 
-def _open_to_read(path: Path) -> tuple[int, bool]:
-    """A descriptor, and whether it is for direct I/O: what the page cache holds is not read from the disk again."""
+def _open_to_read(path: Path, neighbours: Neighbours | None) -> tuple[int, bool]:
+    """A descriptor, and whether it is for direct I/O: what the page cache holds is not read from the disk again.
+
+    `neighbours` read it, too: each has a part of it brought to the page cache, from which all then read all of it.
+    """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    if neighbours is not None:
+        os.posix_fadvise(descriptor, *neighbours.share(os.fstat(descriptor).st_size), os.POSIX_FADV_WILLNEED)
+        return descriptor, False
     if _native.cached_share(descriptor) > CACHED_SHARE_MIN or os.fstat(descriptor).st_size % ALIGNMENT_BYTES:
         return descriptor, False
     try:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import nn
 
 import ftrain
 from ftrain.checkpoint.stage import Staging
+from ftrain.core.layout import CHUNK_BYTES_MAX
 from ftrain.errors import (
     AlreadyExists,
     CheckpointNotFound,
@@ -141,6 +143,16 @@ def test_a_tensor_changed_by_hand_voids_the_save_unless_staged_was_waited_for(
     for name, value in (("a", 0), ("c", 2)):
         ftrain.load(tmp_path / name, state)
         assert bool((state["w"]["big"] == value).all())
+
+
+def test_an_asynchronous_save_keeps_to_the_rate_that_it_is_given(tmp_path: Path) -> None:
+    state = {"w": torch.ones(3 * CHUNK_BYTES_MAX // 4)}
+    began = time.monotonic()
+    ftrain.async_save(tmp_path / "slow", state, bytes_per_second_max=16 * CHUNK_BYTES_MAX).result()
+    assert time.monotonic() - began >= 2 / 16  # the third chunk is not due before; when it comes is up to the disk
+    with pytest.raises(UsageError, match="give a number of bytes"):
+        ftrain.async_save(tmp_path / "never", state, bytes_per_second_max=-1)
+    assert not (tmp_path / "never").exists()
 
 
 @both
