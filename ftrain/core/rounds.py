@@ -32,7 +32,7 @@ def propose(turn: Turn) -> None:
     persist = True
     if all(report.at_end for report in reports):
         step, hold = total, False
-        if done or state.cadence.last_tries >= LAST_TRIES:
+        if done or state.cadence.last_tries >= LAST_TRIES or state.policy.checkpoint.off:
             turn.to_members(m.Release(state.term, generation.number))
             turn.set(cadence=replace(state.cadence, retry_at=turn.now + state.policy.heartbeat_seconds))
             return
@@ -140,7 +140,8 @@ def message(turn: Turn, node: str, event: m.ArmReply | m.Sealed | m.Prepared | m
 def lost(state: State) -> str:
     """What a run that has come to its end leaves uncommitted, and why, in one line; "" when it leaves nothing."""
     reports = [state.report(node) for node in state.members]
-    if _last_is_committed(state) or not all(report.at_end for report in reports):
+    off = state.policy.checkpoint.off
+    if off or _last_is_committed(state) or not all(report.at_end for report in reports):
         return ""  # a script that left its loop before its end, or takes no checkpoints, has no last state
     why = f": {' '.join(state.cadence.cause.split())}" if state.cadence.cause else ""
     return (

@@ -44,7 +44,17 @@ def shut_down() -> int:
 
     Whoever waits on one, here or at its other end, is woken and raises. New groups can be made at once.
     """
-    return sum(_shut_down(*found) for loop in _loops for found in _watched(loop))
+    return sum(shut_down_socket(*found) for loop in _loops for found in _watched(loop))
+
+
+def shut_down_socket(fd: int, inode: int) -> bool:
+    """Shut a connection down, unless the descriptor is closed or another file's than that of the inode by now."""
+    with _held(fd, inode) as found:
+        if found is None or found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            return False
+        with contextlib.suppress(OSError):  # the peer was faster
+            found.shutdown(socket.SHUT_RDWR)
+        return True
 
 
 _devices: dict[str, list[Any]] = {}
@@ -87,12 +97,3 @@ def _held(fd: int, inode: int) -> Iterator[socket.socket | None]:
 def _listens(fd: int, inode: int) -> bool:
     with _held(fd, inode) as found:
         return found is not None and bool(found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
-
-
-def _shut_down(fd: int, inode: int) -> bool:
-    with _held(fd, inode) as found:
-        if found is None or found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            return False
-        with contextlib.suppress(OSError):  # the peer was faster
-            found.shutdown(socket.SHUT_RDWR)
-        return True

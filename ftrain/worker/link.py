@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
 
@@ -100,12 +101,19 @@ class Link:
         """The generation that this worker is in is over."""
         return self.page.load(Field.REVOKED) >= self.generation
 
-    def wait_revoked(self) -> None:
-        """Until the present generation is over; for a thread of its own."""
+    def wait_revoked(self, ends: Callable[[], bool]) -> bool:
+        """Until the present generation is over; for a thread of its own. False when `ends` says so after a `wake`."""
         while not self.revoked:
             event = self.page.load(Field.EVENT)
+            if ends():
+                return False
             if not self.revoked:
                 self.page.wait(Field.EVENT, event, WAIT_SECONDS)
+        return True
+
+    def wake(self) -> None:
+        """Let whoever waits in this process look again."""
+        self.page.wake(Field.EVENT)
 
     def halt(self, live: int) -> Recover:
         """Say that this worker stands still, and wait for the generation that it goes on in."""

@@ -12,6 +12,7 @@ ahead of what it has.
 
 from __future__ import annotations
 
+import atexit
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from ftrain.worker.patience import wait_for
 LAYOUTS = "ftrain/layouts"
 CAUSES_MAX = 20  # of one exception, that are looked at
 RENEWED_SECONDS = 1.0  # between two looks; the event comes at once
+LEAVE_LOOK_SECONDS = 0.01
 
 
 @dataclass(slots=True)
@@ -72,7 +74,10 @@ class Recovery:
         self._live = -1  # the step whose shared state is in the tensors of this process
         self._private: bytes | None = None  # this rank's own state at the line, once it has replayed
         self._renewed = threading.Event()  # the training thread is on its way into another generation
-        threading.Thread(target=self._watch, name="ftrain-revoke", daemon=True).start()
+        self._leaving = False
+        self._watcher = threading.Thread(target=self._watch, name="ftrain-revoke", daemon=True)
+        self._watcher.start()
+        atexit.register(self._leave)
 
     def reached(self, step: int) -> None:
         """At each boundary: all state is of this step. Keeps what is private to this rank where it outlives us."""
@@ -185,14 +190,23 @@ class Recovery:
 
     def _watch(self) -> None:
         """Wakes whatever collective the training thread is in, once its generation is over."""
-        while True:
-            self._link.wait_revoked()
+        while not self._leaving:
+            if not self._link.wait_revoked(lambda: self._leaving):
+                return
             generation = self._link.generation
             if self._link.revoked:
                 groups.revoke(generation)
-            while self._link.generation == generation:
+            while self._link.generation == generation and not self._leaving:
                 self._renewed.wait(RENEWED_SECONDS)
                 self._renewed.clear()
+
+    def _leave(self) -> None:
+        """End the watcher: a thread that comes back from native code while Python ends would take the process down."""
+        self._leaving = True
+        self._renewed.set()
+        while self._watcher.is_alive():
+            self._link.wake()
+            self._watcher.join(LEAVE_LOOK_SECONDS)
 
 
 def _chain(error: BaseException) -> list[BaseException]:

@@ -1,0 +1,215 @@
+"""Generations that follow one another in place, as transcripts of the coordinator and of one agent."""
+
+from __future__ import annotations
+
+import msgspec
+
+from ftrain.core import local, node
+from ftrain.core import messages as m
+from ftrain.core.membership import FormationPolicy, Generation, Member, Node, form, same_places
+from ftrain.core.page import Phase
+from ftrain.core.run_state import Phase as RunPhase
+from ftrain.core.supervision import FailureClass
+from tests.core import test_node
+from tests.core.scene import NODES, Scene
+from tests.core.test_node import ATTEMPT, start
+
+LINE = m.Line(8, m.Tier.LIVE, None, ((3, 2),))
+
+
+def rank_of(name: str, step: int, **more: object) -> m.RunningRank:
+    return m.RunningRank(NODES.index(name), 0, 7, step, 3, joined=True, looped=True, shard="all", replays=True, **more)  # type: ignore[arg-type]
+
+
+def in_loop(scene: Scene, step: int = 0) -> Scene:
+    for name in NODES:
+        scene.report(name, ranks=(rank_of(name, step),), looping=True, first_step=0)
+    return scene
+
+
+def dead(name: str, step: int, kept: tuple[int, ...], signal: int = 9) -> m.RankExit:
+    return m.RankExit(NODES.index(name), 0, 7, 0, signal, step, 3, kept=kept, shard="all", replays=True)
+
+
+def halted(scene: Scene, name: str, step: int, **more: object) -> list[str]:
+    rank = rank_of(name, step, halted=True, live=step, kept=(step - 1, step))
+    return scene.report(name, ranks=(rank,), halted=True, **more)
+
+
+def test_survivor_goes_on_in_place_with_a_newcomer() -> None:
+    scene = in_loop(Scene().started(), 8)
+    lines = scene.report("a", exits=(dead("a", 8, (7, 8)),))
+    assert {"a <- Halt", "b <- Halt"} <= set(lines)
+    scene.report("a", exits=(dead("a", 8, (7, 8)),), stopped=True)
+    lines = halted(scene, "b", 8)
+    assert "interrupted at 8: rank 0 was killed by SIGKILL after step 8" in lines
+    assert "continues at 8 from live, 1 kept, 1 new" in lines
+    scene.stored()
+    lines = scene.say("a", m.StoreReady(2, "10.0.0.1", 29400))
+    assert lines == ["a <- Start 2", "b <- Start 2"]
+    assert scene.state.line == m.Line(8, m.Tier.LIVE, None, ((1, 0),))
+    assert scene.state.survivors == {1}
+
+
+def test_ranks_that_lost_each_other_go_on_although_nobody_died() -> None:
+    scene = in_loop(Scene().started(), 8)
+    rank = rank_of("b", 8, halted=True, live=8, kept=(7, 8))
+    scene.report("b", ranks=(rank,), looping=False)  # by itself: nobody told it to
+    assert scene.state.failure is not None
+    assert scene.state.failure.kind is FailureClass.LINK
+    halted(scene, "b", 8)
+    lines = halted(scene, "a", 8)
+    assert "continues at 8 from live, 2 kept, 0 new" in lines
+
+
+def test_sealed_attempt_is_committed_while_the_next_generation_begins() -> None:
+    scene = Scene().running()
+    attempt = scene.armed()
+    in_loop(scene, 10)
+    for rank in (0, 1):
+        scene.say(NODES[rank], m.Sealed(attempt, rank))
+    scene.report("a", exits=(dead("a", 10, (9, 10)),), stopped=True, attempt_seen=attempt.number)
+    lines = halted(scene, "b", 10, attempt_seen=attempt.number)
+    assert "continues at 10 from live, 1 kept, 1 new" in lines
+    assert scene.state.barrier is not None
+    assert scene.state.barrier.attempt == attempt
+
+
+def test_notice_during_a_recovery_waits_for_its_end() -> None:
+    scene = in_loop(Scene().started(), 8)
+    scene.report("a", exits=(dead("a", 8, (7, 8)),), stopped=True)
+    scene.say("b", m.Notice("SIGTERM", 30.0))
+    assert scene.state.phase is RunPhase.HALTING
+    lines = halted(scene, "b", 8)
+    assert "continues at 8 from live, 1 kept, 1 new" in lines
+
+
+def test_all_of_a_node_that_is_silent_is_stopped_when_nothing_stands_still_in_time() -> None:
+    scene = in_loop(Scene().started(), 8)
+    scene.report("a", exits=(dead("a", 8, (7, 8)),), stopped=True)
+    scene.report("b", ranks=(rank_of("b", 8),), looping=True, first_step=0)
+    for _ in range(8):
+        scene.wait(5.0)
+        scene.report("b", ranks=(rank_of("b", 8),), looping=True, first_step=0)
+    assert scene.state.phase is RunPhase.STOPPING
+    assert "b <- Stop 1" in scene.log
+
+
+# ------------------------------------------------------------------------------------------------------------ one agent
+
+
+def survivors(scene: test_node.Scene) -> None:
+    """Rank 2 dies after step 8, rank 3 stands still."""
+    scene.pages[2] = scene.pages[3] = (8, Phase.STEP)
+    scene.exited(2, step=8)
+    assert "RevokePages" in scene.say(m.Halt(1, 1, "rank 2 was killed"))
+    scene.do(node.WorkerSaid(3, local.WorkerHalted(1, 8, (7, 8))))
+
+
+def in_place(generation: int, *ranks: int) -> m.Start:
+    return msgspec.structs.replace(start(generation), line=LINE, survivors=ranks)
+
+
+def test_living_rank_is_told_and_the_dead_one_forked() -> None:
+    scene = test_node.Scene().looping()
+    survivors(scene)
+    report = node.report(scene.state, scene.pages)
+    assert report.halted
+    assert not report.stopped
+    assert [(rank.live, rank.kept) for rank in report.ranks] == [(8, (7, 8))]
+    state, actions = node.step(scene.state, node.Said(in_place(2, 3)), 0.0, scene.pages)
+    assert actions[:2] == (node.Continue(in_place(2, 3), (3,)), node.Fork(in_place(2, 3), (2,)))
+    assert state.workers[3].pid == 103
+    assert state.workers[2].pid == 0
+
+
+def test_worker_that_never_came_into_its_loop_is_not_kept() -> None:
+    scene = test_node.Scene().started()
+    lines = scene.say(m.Halt(1, 1, "rank 2 was killed"))
+    assert "KillRanks" in lines
+    scene.exited(2)
+    scene.exited(3)
+    assert node.report(scene.state, scene.pages).stopped
+
+
+def test_worker_that_does_not_stand_still_is_killed_alone() -> None:
+    scene = test_node.Scene().looping()
+    scene.pages[2] = scene.pages[3] = (8, Phase.STEP)
+    scene.exited(2, step=8)
+    scene.say(m.Halt(1, 1, "rank 2 was killed"))
+    scene.now = 5.0
+    assert "KillRanks" not in scene.do(node.Beat())
+    scene.now = 11.0
+    assert "KillRanks" in scene.do(node.Beat())
+
+
+def test_survivor_that_dies_before_it_is_told_is_reported_in_the_new_generation() -> None:
+    scene = test_node.Scene().looping()
+    survivors(scene)
+    scene.exited(3, step=8)
+    scene.say(in_place(2, 3))
+    report = node.report(scene.state, scene.pages)
+    assert report.generation == 2
+    assert [exit.rank for exit in report.exits] == [3]
+
+
+def test_halted_word_of_an_older_generation_is_not_believed() -> None:
+    scene = test_node.Scene().looping()
+    survivors(scene)
+    scene.say(in_place(2, 3))
+    scene.do(node.WorkerSaid(3, local.WorkerHalted(1, 8, (7, 8))))
+    assert scene.state.workers[3].halted is None
+
+
+def test_slot_that_the_run_would_go_on_from_is_not_filled_again() -> None:
+    scene = test_node.Scene().looping()
+    first = m.Attempt(1, 4, 1)
+    assert scene.say(m.Arm(1, first, persist=False)) == ["arm 4 slot 0"]
+    scene.do(node.Armed(first, True, 1))
+    for rank in (2, 3):
+        assert scene.do(node.WorkerSaid(rank, local.WorkerSealed(1, 0.0))) == ["say Sealed"]
+    assert node.report(scene.state, scene.pages).held == (first,)
+    second, third = m.Attempt(1, 6, 2), m.Attempt(1, 8, 3)
+    assert scene.say(m.Arm(1, second, persist=False, line=first)) == ["arm 6 slot 1"]
+    scene.do(node.Armed(second, False, 6))
+    assert scene.say(m.Arm(1, third, persist=False, line=first)) == ["arm 8 slot 1"]
+
+
+def test_attempt_of_the_generation_before_is_still_persisted() -> None:
+    scene = test_node.Scene().armed()
+    for rank in (2, 3):
+        scene.do(node.WorkerSaid(rank, local.WorkerSealed(1, 0.0)))
+    survivors(scene)
+    scene.say(in_place(2, 3))
+    assert "say Prepared" in scene.do(node.Persisted(ATTEMPT, test_node.pack(2)))
+
+
+# ------------------------------------------------------------------------------------------------------------ places
+
+
+def a_node(name: str, node_rank: int = -1, joined_at: float = 0.0) -> Node:
+    return Node(m.Hello(name, node_rank, 2, "", name, 1, "run", "job", "1", 0), joined_at, 100.0)
+
+
+def before(*names: str) -> Generation:
+    return Generation(1, tuple(Member(name, -1, place, 2 * place, 2) for place, name in enumerate(names)))
+
+
+def test_newcomer_takes_the_place_of_the_node_that_is_gone() -> None:
+    found = form(FormationPolicy(3, 3), [a_node("c"), a_node("a"), a_node("new")], before("a", "b", "c"), 2, 0.0, 10.0)
+    assert isinstance(found, Generation)
+    assert [member.node for member in found.members] == ["a", "new", "c"]
+    assert same_places(before("a", "b", "c"), found)
+
+
+def test_fewer_nodes_are_other_places() -> None:
+    found = form(FormationPolicy(1, 3), [a_node("a"), a_node("c")], before("a", "b", "c"), 2, 0.0, 10.0)
+    assert isinstance(found, Generation)
+    assert not same_places(before("a", "b", "c"), found)
+
+
+def test_who_was_there_stays_when_more_come_than_are_needed() -> None:
+    nodes = [a_node("new", joined_at=-5.0), a_node("a"), a_node("b")]
+    found = form(FormationPolicy(2, 2), nodes, before("a", "b"), 2, 0.0, 10.0)
+    assert isinstance(found, Generation)
+    assert [member.node for member in found.members] == ["a", "b"]
