@@ -76,6 +76,9 @@ def _begin(turn: Turn, generation: Generation, line: m.Line | None, survivors: f
     if line is None:
         cadence = Cadence(due=turn.now + policy.every_seconds, snapshot_due=turn.now + policy.snapshot_seconds)
         turn.set(attempts=0, cadence=cadence, held=None)
+    else:
+        # What failed with the generation before says nothing about this one.
+        turn.set(cadence=replace(state.cadence, retry_at=0.0, failures=0))
     turn.enter(Phase.STARTING)
     members = tuple(
         journal.MemberRecord(

@@ -23,6 +23,7 @@ class Step:
     samples: tuple[int, ...]
     began: str  # digest of the state before it
     ended: str
+    pid: int
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,13 @@ class Job:
         """Every step that a rank finished, by generation and rank, in order. Rehearsals do not count."""
         found = []
         for path in sorted(self.out.glob("steps-*.jsonl")):
-            _, generation, rank = path.stem.split("-")
+            rank = int(path.stem.partition("-r")[2])
             # A line is written at once; the last one may be torn all the same when its writer was killed.
             lines = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
             if len(lines) > 1 and lines[0]["step"] == lines[1]["step"]:
                 del lines[0]
             found += [
-                Step(x["step"], int(generation[1:]), int(rank[1:]), tuple(x["samples"]), x["began"], x["ended"])
+                Step(x["step"], x["generation"], rank, tuple(x["samples"]), x["began"], x["ended"], x["pid"])
                 for x in lines
             ]
         return found

@@ -35,9 +35,11 @@ from ftrain.checkpoint.arena import Arena
 from ftrain.checkpoint.snapshot import Snapshotter
 from ftrain.checkpoint.stage import Staging
 from ftrain.worker.link import Link
+from ftrain.worker.recovery import Recovery
 
 SAMPLES, SAMPLES_PER_STEP, FEATURES, CLASSES = 180, 36, 8, 4
 INJURIES = "FTRAIN_TEST_INJURIES"
+EXACT = ("step", "after the optimizer", "at the boundary")
 
 
 class Injuries:
@@ -56,7 +58,9 @@ class Injuries:
 
     def at(self, point: str, step: int) -> None:
         for number, injury in self._mine:
-            if injury["point"] == point and step >= injury["step"] and (point != "step" or step == injury["step"]):
+            if injury["point"] == point and step >= injury["step"] and (
+                point not in EXACT or step == injury["step"]
+            ):
                 try:
                     (self._out / f"injury-{number}").touch(exist_ok=False)
                 except FileExistsError:
@@ -65,6 +69,7 @@ class Injuries:
 
     def _watch_snapshots(self) -> None:
         take, finish, seal, sealed = Snapshotter.take, Staging.finish, Arena.write_index, Link.sealed
+        bring, reached = Recovery.bring, Recovery.reached
 
         def watched_take(this: Any, slot: int, attempt: Any, *arguments: Any) -> Any:
             self._snapshot_step = attempt.step
@@ -84,12 +89,21 @@ class Injuries:
             sealed(this, *arguments)
             (self._out / f"sealed-g{self._run.generation}-{self._snapshot_step}-r{self._run.rank}").touch()
             if any(injury["point"] == "after all seals" for _, injury in self._mine):
-                while len(list(self._out.glob(f"sealed-g{self._run.generation}-{self._snapshot_step}-r*"))) < (
-                    self._run.world_size
-                ):
+                sealed_by_all = f"sealed-g{self._run.generation}-{self._snapshot_step}-r*"
+                while len(list(self._out.glob(sealed_by_all))) < self._run.world_size and not this.revoked:
                     time.sleep(0.001)
             self.at("after all seals", self._snapshot_step)
 
+        def watched_bring(this: Any, coming: Any, *arguments: Any) -> Any:
+            self.at("on the way", coming.line.step)
+            return bring(this, coming, *arguments)
+
+        def watched_reached(this: Any, step: int) -> None:
+            self.at("at the boundary", step)
+            reached(this, step)
+
+        Recovery.bring = watched_bring  # type: ignore[method-assign]
+        Recovery.reached = watched_reached  # type: ignore[method-assign]
         Snapshotter.take = watched_take  # type: ignore[method-assign]
         Staging.finish = watched_finish  # type: ignore[method-assign]
         Arena.write_index = watched_seal  # type: ignore[method-assign]
@@ -113,10 +127,10 @@ class Samples(Dataset[tuple[int, torch.Tensor, int]]):
 
 
 class Network(nn.Module):
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, norm: str) -> None:
         super().__init__()
         self.first = nn.Linear(FEATURES, width)
-        self.norm = nn.BatchNorm1d(width)
+        self.norm = nn.BatchNorm1d(width) if norm == "batch" else nn.LayerNorm(width)
         self.drop = nn.Dropout(0.2)
         self.middle = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
         self.last = nn.Linear(width, CLASSES)
@@ -145,6 +159,7 @@ def main() -> None:
     parser.add_argument("--parallel", choices=("ddp", "fsdp"), required=True)
     parser.add_argument("--steps", type=int, default=0, help="0 is endless")
     parser.add_argument("--width", type=int, default=16)
+    parser.add_argument("--norm", choices=("batch", "layer"), default="batch", help="batch: with buffers")
     parser.add_argument("--pause", type=float, default=0.03, help="seconds in each step")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -154,7 +169,7 @@ def main() -> None:
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(1)  # however many ranks there are on a node
     torch.manual_seed(1)
-    model: nn.Module = Network(args.width)
+    model: nn.Module = Network(args.width, args.norm)
     if args.parallel == "fsdp":
         fully_shard(model.middle)
         fully_shard(model)
@@ -178,12 +193,20 @@ def main() -> None:
             loss.backward()
             injuries.at("step", step.number)
             optimizer.step()
+            injuries.at("after the optimizer", step.number)
             optimizer.zero_grad()
             scheduler.step()
             time.sleep(args.pause)
             step.log(loss=loss)
             ended = digest(state(model, optimizer))
-            line = {"step": step.number, "samples": indices.tolist(), "began": began, "ended": ended}
+            line = {
+                "step": step.number,
+                "generation": run.generation,
+                "pid": os.getpid(),
+                "samples": indices.tolist(),
+                "began": began,
+                "ended": ended,
+            }
             account.write(json.dumps(line) + "\n")
 
     end = {

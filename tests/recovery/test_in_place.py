@@ -1,0 +1,92 @@
+"""Ranks that die while others live on: only they are started again, and the run ends bit for bit as the unhurt one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import pytest
+
+from tests.launching.harness import Cluster
+from tests.recovery.account import Job, launch
+from tests.recovery.training import INJURIES
+
+LAYER = ("--norm", "layer")  # no buffers: nothing but the random numbers and the data is a rank's own
+
+
+def killed(point: str, rank: int, step: int) -> dict[str, object]:
+    return {"point": point, "rank": rank, "step": step, "how": "SIGKILL"}
+
+
+def pids(job: Job, rank: int) -> set[int]:
+    return {step.pid for step in job.steps() if step.rank == rank}
+
+
+def compare(
+    cluster: Cluster,
+    parallel: str,
+    injuries: Sequence[dict[str, object]],
+    flags: Sequence[object] = (),
+    more: Sequence[object] = (),
+    every: object = 100,
+    ranks: int = 2,
+) -> tuple[Job, str]:
+    """Run it hurt and unhurt; returns the hurt one and what it told."""
+    hurt, unhurt = Job(cluster.path / "hurt"), Job(cluster.path / "unhurt")
+    told = json.dumps(injuries)
+    first = launch(
+        cluster, hurt, parallel, ranks=ranks, every=every, flags=flags, more=more, environment={INJURIES: told}
+    )
+    assert first.wait() == 0, first.text
+    assert hurt.injuries() == len(injuries), first.text
+    other = launch(cluster, unhurt, parallel, ranks=ranks, every="off", more=(*more, "--pause", 0))
+    assert other.wait() == 0, other.text
+    assert hurt.history() == unhurt.history(), first.text
+    assert hurt.end() == unhurt.end(), first.text
+    assert cluster.nothing_left()
+    return hurt, first.text
+
+
+def test_lost_replica_costs_no_finished_step_and_survivors_keep_their_processes(cluster: Cluster) -> None:
+    injuries = [killed("at the boundary", 1, 5), killed("at the boundary", 0, 11), killed("step", 1, 17)]
+    job, told = compare(cluster, "ddp", injuries, flags=("--snapshot-every", "off"), more=LAYER)
+    assert told.count("from living ranks; 0 finished step(s) to redo") == 3, told
+    assert len(pids(job, 0)) == 2
+    assert len(pids(job, 1)) == 3
+    assert job.commits() == [24]  # nothing was there to be read
+
+
+def test_rank_that_dies_before_its_optimizer_is_replayed_where_others_are_ahead(cluster: Cluster) -> None:
+    injuries = [killed("step", 1, step) for step in (3, 9)] + [killed("step", 0, 15)]
+    _, told = compare(cluster, "ddp", injuries, flags=("--snapshot-every", "off"), more=LAYER)
+    assert told.count("going on in place") == 3, told
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_optimizer_that_was_interrupted_is_never_believed(cluster: Cluster, parallel: str) -> None:
+    injuries = [killed("after the optimizer", 1, 6), killed("after the optimizer", 0, 13)]
+    _, told = compare(cluster, parallel, injuries, flags=("--snapshot-every", 1))
+    assert told.count("going on in place") == 2, told
+
+
+def test_lost_shard_comes_back_from_the_newest_snapshot_in_memory(cluster: Cluster) -> None:
+    injuries = [killed("step", 1, 9), killed("step", 0, 16)]
+    job, told = compare(cluster, "fsdp", injuries, flags=("--snapshot-every", 1))
+    assert told.count("going on in place") == told.count("from snapshots in memory") == 2, told
+    assert len(pids(job, 0)) == len(pids(job, 1)) == 2
+    assert job.commits() == [24]
+
+
+@pytest.mark.parametrize("victim", [0, 1], ids=["survivor", "newcomer"])
+def test_failure_during_a_recovery_is_recovered_from(cluster: Cluster, victim: int) -> None:
+    injuries = [killed("at the boundary", 1, 8), killed("on the way", victim, 8)]
+    job, told = compare(cluster, "ddp", injuries, flags=("--snapshot-every", "off"), more=LAYER, ranks=3)
+    assert told.count("going on in place") == 2, told
+    assert len(pids(job, 2)) == 1
+
+
+def test_run_is_hurt_again_and_again_and_one_process_sees_it_all(cluster: Cluster) -> None:
+    injuries = [killed("step", 1, step) for step in range(2, 22, 2)]
+    job, told = compare(cluster, "ddp", injuries, flags=("--snapshot-every", 1), more=LAYER)
+    assert told.count("going on in place") == len(injuries), told
+    assert len(pids(job, 0)) == 1
