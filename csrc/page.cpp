@@ -71,7 +71,10 @@ bool Page::wait(std::ptrdiff_t index, std::int64_t expected, double timeout_seco
     while (load(index) == expected) {
         const long rc = syscall(SYS_futex, futex(index), FUTEX_WAIT_BITSET, static_cast<std::uint32_t>(expected),
                                 endless ? nullptr : &deadline, nullptr, FUTEX_BITSET_MATCH_ANY);
-        if (rc == 0 || errno == EAGAIN) {
+        if (rc == 0) {
+            return load(index) != expected;  // a wake without a change is to let whoever waits look at something else
+        }
+        if (errno == EAGAIN) {
             continue;
         }
         if (errno == ETIMEDOUT) {

@@ -34,6 +34,8 @@ class ControlPage:
     def wait(self, index: int, expected: int, timeout_seconds: float) -> bool:
         """Sleeps while the word is `expected`: True once it is not, False at the timeout (`math.inf` for none).
 
+        False as well when it is woken and the word is the same.
+
         Signal handlers run meanwhile, and what they raise comes out of here.
         """
 

@@ -131,6 +131,18 @@ def test_wait_on_unchanged_word_returns_false_at_timeout(page_fd: int, timeout: 
     assert not ControlPage(page_fd).wait(0, 0, timeout)
 
 
+def test_waiter_that_is_woken_without_a_change_returns_false(page_fd: int) -> None:
+    page = ControlPage(page_fd)
+    answers: list[bool] = []
+    waiter = threading.Thread(target=lambda: answers.append(page.wait(0, 0, math.inf)))
+    waiter.start()
+    while not sleeps_on_shared_futex(waiter):
+        time.sleep(0.001)
+    page.wake(0)
+    waiter.join()
+    assert answers == [False]
+
+
 def test_wait_with_nan_timeout_is_refused(page_fd: int) -> None:
     with pytest.raises(ValueError, match="not a number"):
         ControlPage(page_fd).wait(0, 0, math.nan)

@@ -10,7 +10,18 @@ from unittest.mock import patch
 
 import msgspec
 
-from ftrain.core import commit, coordinator, journal, leaving, node, recovery, rounds, run_state
+from ftrain.core import (
+    commit,
+    coordinator,
+    ending,
+    journal,
+    leaving,
+    node,
+    recovery,
+    remains,
+    rounds,
+    run_state,
+)
 
 if TYPE_CHECKING:
     from tests.simulator.world import World
@@ -205,6 +216,42 @@ def _unsaved_steps_said_saved_alone(stack: ExitStack) -> None:
     stack.enter_context(patch.object(node, "_exit_code", lambda _state, leave: leave.exit_code))
 
 
+def _plan(stack: ExitStack, change: Callable[[Any], Any]) -> None:
+    """The line is planned from what each rank has left, as `change` sees it."""
+    real = recovery.plan
+    stack.enter_context(
+        patch.object(recovery, "plan", lambda ranks, held, resume: real([*map(change, ranks)], held, resume))
+    )
+
+
+def _private_state_not_asked_for(stack: ExitStack) -> None:
+    """The parameters are what counts."""
+    _plan(stack, lambda holder: replace(holder, kept=tuple(range(100))))
+
+
+def _half_written_state_believed(stack: ExitStack) -> None:
+    """Whoever is alive has the state of its last boundary."""
+    _plan(stack, lambda holder: replace(holder, live=max(holder.kept, default=-1)) if holder.kept else holder)
+
+
+def _any_rank_taken_for_a_replica(stack: ExitStack) -> None:
+    _plan(stack, lambda holder: replace(holder, shard="all"))
+
+
+def _snapshot_of_some_ranks_believed(stack: ExitStack) -> None:
+    """Who has said nothing will have it, too."""
+
+    def held(state: Any, nodes: frozenset[str]) -> frozenset[Any]:
+        return frozenset().union(*(state.report(name).held for name in state.members if name in nodes))
+
+    stack.enter_context(patch.object(remains, "held_by_all", held))
+
+
+def _attempt_not_waited_for(stack: ExitStack) -> None:
+    """It may still be committed, but something older is there already."""
+    stack.enter_context(patch.object(ending, "waits_for_attempt", lambda _turn: False))
+
+
 # Where a hunt for a bug that shows seldom aims a fault: the act of a coordinator, and what strikes right after it.
 AIMS = {
     "attempt-numbers-used-again": ("arm", "pause coordinator"),
@@ -233,4 +280,9 @@ BUGS: dict[str, Callable[[ExitStack], Prepare | None]] = {
     "lost-last-state-is-success": _lost_last_state_is_success,
     "unsaved-steps-said-saved": _unsaved_steps_said_saved,
     "unsaved-steps-said-saved-alone": _unsaved_steps_said_saved_alone,
+    "private-state-not-asked-for": _private_state_not_asked_for,
+    "half-written-state-believed": _half_written_state_believed,
+    "any-rank-taken-for-a-replica": _any_rank_taken_for_a_replica,
+    "snapshot-of-some-ranks-believed": _snapshot_of_some_ranks_believed,
+    "attempt-not-waited-for": _attempt_not_waited_for,
 }
