@@ -24,6 +24,8 @@ RECONNECT_SECONDS = 2.0  # how long an ending generation waits for the report of
 
 def end(turn: Turn, why: str) -> None:
     """End the present generation: its workers stand still where something may go on in place, otherwise they go."""
+    if turn.state.drain is not None and turn.state.drain.why == leaving.REGROUP and not turn.state.drain.decided:
+        turn.set(drain=None)  # the next generation takes whoever is there anyway
     state = turn.state
     generation = state.generation
     assert generation is not None

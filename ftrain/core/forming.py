@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ftrain.core import ending, journal, leaving, membership, reception, recovery, remains
 from ftrain.core import messages as m
-from ftrain.core.membership import Generation
+from ftrain.core.membership import Generation, Node
 from ftrain.core.run_state import Continues, Phase, State, Turn
 from ftrain.core.schedule import Cadence
 from ftrain.errors import ExitCode
@@ -38,6 +38,22 @@ def form(turn: Turn) -> None:
                 ending.stop(turn, "nothing of it can go on in place")
             else:
                 _begin(turn, found, line, survivors)
+
+
+def can_grow(turn: Turn) -> Node | None:
+    """A node that waits, where the run goes on with fewer than it was meant for, and can end where it may begin."""
+    state = turn.state
+    policy = state.policy.formation
+    if len(state.members) >= policy.nodes_max or not state.looping_since or state.drain is not None:
+        return None
+    if state.policy.checkpoint.off or any(state.report(name).at_end for name in state.members):
+        return None
+    ranks = {state.nodes[name].hello.node_rank for name in state.members if name in state.nodes} - {-1}
+    for name, node in state.nodes.items():
+        settled = turn.now >= node.joined_at + policy.last_call_seconds  # others may come with it
+        if name not in state.members and node.connected and settled and node.hello.node_rank not in ranks:
+            return node
+    return None
 
 
 def _busy(state: State, node: str) -> int:

@@ -10,6 +10,8 @@ from ftrain.core.run_state import Drain, Phase, State, Turn
 from ftrain.errors import ExitCode
 
 CLOSE_SECONDS = 10.0
+REGROUP = "REGROUP"
+REGROUP_SECONDS = 60.0  # to commit a step for it; a run that cannot goes on as it is
 RECOVERING = (Phase.HALTING, Phase.SETTLING, Phase.PAUSING, Phase.FORMING, Phase.STARTING)
 
 
@@ -25,7 +27,7 @@ def notice(turn: Turn, node: str, why: str, grace_seconds: float) -> None:
         drain = Drain(why, frozenset({node}), turn.now + grace_seconds)
     else:
         drain = replace(drain, nodes=drain.nodes | {node}, deadline=min(drain.deadline, turn.now + grace_seconds))
-        if why == "SIGINT":
+        if why == "SIGINT" or drain.why == REGROUP:
             drain = replace(drain, why=why)
     turn.set(drain=drain)
     barrier = state.barrier
@@ -38,6 +40,14 @@ def notice(turn: Turn, node: str, why: str, grace_seconds: float) -> None:
         drained(turn)
     elif state.phase is Phase.RUNNING and not _worth_waiting(turn):
         _stop_all(turn)
+
+
+def regroup(turn: Turn, why: str) -> None:
+    """Commit the next step, end all workers there, and begin a generation with all nodes that are there by then."""
+    turn.log(f"{why}: going on with it after the next commit")
+    turn.set(drain=Drain(REGROUP, frozenset(), turn.now + REGROUP_SECONDS))
+    turn.set(cadence=replace(turn.state.cadence, due=turn.now))
+    rounds.take_back(turn)
 
 
 def goes_on_first(state: State) -> bool:
@@ -66,7 +76,11 @@ def expire(turn: Turn) -> None:
     """The grace of a notice, and the time for goodbyes."""
     state = turn.state
     waits = state.phase is Phase.RUNNING or (state.phase in RECOVERING and (state.line or goes_on_first(state)))
-    if state.drain is not None and turn.now >= state.drain.deadline and waits:
+    if state.drain is not None and turn.now >= state.drain.deadline and state.drain.why == REGROUP:
+        if not state.drain.decided:
+            turn.log("no step could be committed to go on with more nodes; going on as it is", "warning")
+            turn.set(drain=None)
+    elif state.drain is not None and turn.now >= state.drain.deadline and waits:
         turn.log("out of time: leaving without a commit of the last step", "warning")
         turn.set(drain=replace(state.drain, deadline=float("inf")))
         _stop_all(turn)
@@ -79,6 +93,10 @@ def drained(turn: Turn) -> None:
     state = turn.state
     drain = state.drain
     assert drain is not None
+    if drain.why == REGROUP:
+        turn.set(drain=None, waiting_since=turn.now, exits={})
+        turn.enter(Phase.FORMING)
+        return
     nothing_ran = state.phase in (Phase.OPENING, Phase.ADOPTING, Phase.FORMING, Phase.STARTING, Phase.PAUSING)
     saved = (drain.saved or nothing_ran or _accounted_for(state)) and _nothing_lost(state, drain)
     text = recovery.standing(state.history, state.suspects)

@@ -100,7 +100,7 @@ def form(
             return TimedOut(len(ready), policy.nodes_min)
         return Wait(since + policy.wait_seconds, len(ready), policy.nodes_min)
     if len(ready) < policy.nodes_max:
-        last_call = max(node.joined_at for node in ready) + policy.last_call_seconds
+        last_call = max(since, *(node.joined_at for node in ready)) + policy.last_call_seconds
         if now < last_call:
             return Wait(last_call, len(ready), policy.nodes_max)
     places = {member.node: member.group_rank for member in previous.members} if previous else {}

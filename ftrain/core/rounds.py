@@ -10,7 +10,7 @@ from ftrain.core.commit import Barrier
 from ftrain.core.run_state import Discard, Phase, Publish, State, Turn
 
 LAST_TRIES = 4  # to commit the last state, before the run ends without it
-GAVE_WAY = "a snapshot in memory is due before"
+GAVE_WAY = "something else is to be saved before"
 
 
 def propose(turn: Turn) -> None:
@@ -76,8 +76,15 @@ def _given_way(turn: Turn, barrier: Barrier) -> bool:
     reached = state.furthest + ahead  # what is known of it is as old as the newest report
     if not schedule.gives_way(state.policy.checkpoint, state.cadence, barrier.attempt.step, reached, turn.now):
         return False
-    feed(turn, commit.Expired(GAVE_WAY))
+    take_back(turn)
     return True
+
+
+def take_back(turn: Turn) -> None:
+    """Give up, without a word, an attempt that no rank has begun, for something that is to be saved before."""
+    barrier = turn.state.barrier
+    if barrier is not None and not barrier.hold and barrier.stage in (commit.Stage.PROPOSED, commit.Stage.ARMED):
+        feed(turn, commit.Expired(GAVE_WAY))
 
 
 def can_snapshot(turn: Turn) -> bool:

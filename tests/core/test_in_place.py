@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import msgspec
 
-from ftrain.core import local, node
+from ftrain.core import journal, local, node, run_state
 from ftrain.core import messages as m
 from ftrain.core.membership import FormationPolicy, Generation, Member, Node, form, same_places
 from ftrain.core.page import Phase
 from ftrain.core.run_state import Phase as RunPhase
 from ftrain.core.supervision import FailureClass
 from tests.core import test_node
-from tests.core.scene import NODES, Scene
+from tests.core.scene import NODES, POLICY, Scene
 from tests.core.test_node import ATTEMPT, start
 
 LINE = m.Line(8, m.Tier.LIVE, None, ((3, 2),))
@@ -93,6 +95,43 @@ def test_all_of_a_node_that_is_silent_is_stopped_when_nothing_stands_still_in_ti
         scene.report("b", ranks=(rank_of("b", 8),), looping=True, first_step=0)
     assert scene.state.phase is RunPhase.STOPPING
     assert "b <- Stop 1" in scene.log
+
+
+def smaller() -> Scene:
+    """One node of two at most, in its loop; the other one joins later."""
+    policy = replace(POLICY, formation=FormationPolicy(1, 2, last_call_seconds=1.0))
+    scene = Scene(policy)
+    scene.do(run_state.Begin())
+    scene.hello("a")
+    scene.stored()
+    scene.do(run_state.Stored(journal.ReadBack(scene.requests.pop(0).path, None)))  # nobody else continued the run
+    scene.wait(2.0)
+    scene.stored()
+    scene.say("a", m.StoreReady(scene.state.number, "10.0.0.1", 29400))
+    scene.report("a", ranks=(rank_of("a", 3),), looping=True, first_step=0)
+    return scene
+
+
+def test_node_that_joins_a_smaller_run_is_taken_in_after_a_commit() -> None:
+    scene = smaller()
+    scene.hello("b")
+    scene.wait(2.0)
+    lines = scene.report("a", ranks=(rank_of("a", 4),), looping=True, first_step=0)
+    assert scene.state.drain is not None
+    assert scene.state.barrier is not None, lines
+    assert scene.state.barrier.hold
+    attempt = scene.state.barrier.attempt
+    scene.say("a", m.ArmReply(attempt, True))
+    assert "a <- Verdict leave" in scene.log
+    scene.say("a", m.Prepared(attempt, m.PackRecord(0, "packs/0", "", "0" * 64, 1, 1, 1)))
+    scene.do(run_state.Published(attempt, "f" * 64))
+    scene.stored()
+    left = m.RankExit(0, 0, 7, 75, 0, attempt.step, 6)
+    scene.report("a", exits=(left,), stopped=True)
+    assert scene.state.phase is RunPhase.STARTING
+    assert scene.state.members == ("a", "b")
+    assert scene.state.resume is not None
+    assert scene.state.resume.attempt == attempt
 
 
 # ------------------------------------------------------------------------------------------------------------ one agent

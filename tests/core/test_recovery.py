@@ -93,7 +93,7 @@ def test_line_of_every_small_world_can_be_reached_by_every_rank(size: int) -> No
             continue
         seen += 1
         assert line.step in {holder.live for holder in ranks}
-        given = dict((taker, giver) for giver, taker in line.copies)
+        given = {taker: giver for giver, taker in line.copies}
         assert len(given) == len(line.copies)
         for holder in ranks:
             if holder.rank in given:
