@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# A file of tests stays in one process; more processes than that only make each other wait.
+PYTEST := $(BIN)/python -m pytest -q --durations=10 --numprocesses auto --maxprocesses 4 --dist loadfile
 # Python sources are not in the list: the install is editable, only what is compiled or resolved needs it again.
 INSTALL_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/* csrc/cuda/*)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -17,7 +19,7 @@ demo: setup  ## train, be hurt, recover, and compare with a run that was never h
 	$(BIN)/python examples/demo.py
 
 test: setup-dev  ## all tests
-	$(BIN)/python -m pytest -q --durations=10
+	$(PYTEST)
 
 check: lint types  ## what CI runs: lint, types, tests
 	@$(MAKE) --no-print-directory test

@@ -108,18 +108,20 @@ class Job:
         if self.launcher == "torchrun":
             return [*TORCHRUN, *common, "--rdzv-backend", "c10d", "--rdzv-id", "bench", "--max-restarts", "100"]
         own = ["--node-rank", str(node), "--run-dir", str(self.path / "run"), "--secret", str(self.path / "secret")]
-        return [*FTRAIN, "launch", *common, *own, "--checkpoint-every", str(self.args.checkpoint_every)]
+        every = ("--checkpoint-every", str(self.args.checkpoint_every), "--snapshot-every", self.args.snapshot_every)
+        return [*FTRAIN, "launch", *common, *own, *every]
 
     def _script_flags(self) -> list[str]:
-        names = ("layers", "width", "batch", "length", "checkpoint_every")
+        names = ("parallel", "layers", "width", "batch", "length", "checkpoint_every")
         flags = [word for name in names for word in (f"--{name.replace('_', '-')}", str(getattr(self.args, name)))]
         return ["--records", str(self.path), *flags]
 
     def finished(self) -> list[list[Finished]]:
         """The finished steps of each rank so far, without ftrain's rehearsals.
 
-        A resumed ftrain run does its first step twice, the first time for nothing: of two lines of one process for one
-        step only the second counts. The newest line may be such a first one, so it waits for the next to show it.
+        An ftrain run whose ranks are all new may do its first step twice, the first time for nothing: of two lines of
+        one process for one step only the second counts. The newest line may be such a first one, so it waits for the
+        next to show it.
         """
         ranks = []
         for rank in range(self.world_size):
@@ -160,8 +162,15 @@ class Job:
         undisturbed = [line.at for line in self._lines(0) if line.at <= killed_at][-SETTLE_STEPS:]
 
         def first_beyond(step: int) -> list[list[Finished]]:
-            """For each rank, what it finished since the kill with a number above `step`."""
-            return [[done for done in rank if done.at > killed_at and done.step > step] for rank in self.finished()]
+            """For each rank, what it finished with a number above `step`, once all were there again.
+
+            What a rank of ftrain does before is done alone, for its random numbers.
+            """
+            since = killed_at
+            if self.launcher == "ftrain":
+                seconds = self._event_seconds("resumed", killed_at)
+                since = killed_at + seconds if seconds is not None else float("inf")
+            return [[done for done in rank if done.at > since and done.step > step] for rank in self.finished()]
 
         self.wait(lambda: all(first_beyond(furthest)), f"a step beyond {furthest} after the kill")
         again = first_beyond(-1)
@@ -246,7 +255,7 @@ def table(found: dict[str, list[Recovery]], args: argparse.Namespace) -> str:
     ]
     for launcher, own in found.items():
         columns = (
-            f"{args.nodes} x {args.ranks}",
+            f"{args.nodes} x {args.ranks}, {args.parallel.upper()}",
             launcher,
             f"{len(own)} of {args.repeats}",
             spread([recovery.new_step_seconds for recovery in own]),
@@ -290,6 +299,8 @@ def main() -> None:
         "--calm", type=float, default=0.0, help="wait so many seconds for others to leave the machine idle"
     )
     parser.add_argument("--checkpoint-every", type=int, default=5, help="steps")
+    parser.add_argument("--snapshot-every", default="1", help="ftrain's snapshots in memory: steps, 10s or off")
+    parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--batch", type=int, default=1)

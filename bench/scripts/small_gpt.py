@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 VOCABULARY = 256
@@ -42,6 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("launcher", choices=("ftrain", "torchrun"))
     parser.add_argument("--records", type=Path, required=True)
+    parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp")
     parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument("--checkpoint-every", type=int, default=5)
     parser.add_argument("--layers", type=int, default=8)
@@ -60,8 +62,7 @@ def train_with_ftrain(args: argparse.Namespace) -> None:
     import ftrain
 
     run = ftrain.join()
-    torch.manual_seed(1)
-    model = DistributedDataParallel(SmallGPT(args.layers, args.width))
+    model = parallel(args)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     run.track(model=model, optimizer=optimizer)
     for step in run.steps(args.steps):
@@ -71,30 +72,70 @@ def train_with_ftrain(args: argparse.Namespace) -> None:
 
 
 def train_with_torchrun(args: argparse.Namespace) -> None:
-    """Rank 0 saves everything to one file and renames it into place; every rank loads it when it starts."""
+    """Every rank loads the newest checkpoint when it starts: DDP's is one file of rank 0, FSDP2's is one of DCP."""
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    checkpoint = args.records / "checkpoint.pt"
-    torch.manual_seed(1)
-    model = DistributedDataParallel(SmallGPT(args.layers, args.width))
+    model = parallel(args)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
-    first = 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, map_location="cpu")
-        model.module.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
+    load, save = (load_sharded, save_sharded) if args.parallel == "fsdp" else (load_file, save_file)
+    first = load(args.records, model, optimizer)
     for step in range(first, args.steps):
         train_step(model, optimizer, tokens(args, step, rank))
         record(args.records, rank, step)
-        if rank == 0 and (step + 1) % args.checkpoint_every == 0:
-            state = {"model": model.module.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-            temporary = checkpoint.with_suffix(".tmp")
-            torch.save(state, temporary)
-            temporary.replace(checkpoint)
+        if (step + 1) % args.checkpoint_every == 0:
+            save(args.records, model, optimizer, step + 1)
     dist.destroy_process_group()
+
+
+def load_file(records: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    checkpoint = records / "checkpoint.pt"
+    if not checkpoint.exists():
+        return 0
+    state = torch.load(checkpoint, map_location="cpu")
+    model.module.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return int(state["step"])
+
+
+def save_file(records: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    if torch.distributed.get_rank() == 0:
+        temporary = records / "checkpoint.tmp"
+        state = {"model": model.module.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+        torch.save(state, temporary)
+        temporary.replace(records / "checkpoint.pt")
+
+
+def load_sharded(records: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    found = sorted(path.parent for path in records.glob("dcp-*/.metadata"))
+    if not found:
+        return 0
+    weights, moments = get_state_dict(model, optimizer)
+    dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=found[-1])
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    return int(found[-1].name.removeprefix("dcp-"))
+
+
+def save_sharded(records: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    weights, moments = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=records / f"dcp-{step:08d}")
+
+
+def parallel(args: argparse.Namespace) -> nn.Module:
+    torch.manual_seed(1)
+    model = SmallGPT(args.layers, args.width)
+    if args.parallel == "ddp":
+        return DistributedDataParallel(model)
+    for layer in model.body.layers:
+        fully_shard(layer)
+    return fully_shard(model)
 
 
 def tokens(args: argparse.Namespace, step: int, rank: int) -> torch.Tensor:

@@ -58,9 +58,7 @@ class Injuries:
 
     def at(self, point: str, step: int) -> None:
         for number, injury in self._mine:
-            if injury["point"] == point and step >= injury["step"] and (
-                point not in EXACT or step == injury["step"]
-            ):
+            if injury["point"] == point and step >= injury["step"] and (point not in EXACT or step == injury["step"]):
                 try:
                     (self._out / f"injury-{number}").touch(exist_ok=False)
                 except FileExistsError:
