@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from ftrain.errors import FtrainError, PeerLost, Unrecoverable
+from ftrain.errors import FtrainError, PeerLost, Unrecoverable, UsageError
 from ftrain.worker import after_failure, gloo_sockets, groups
 from tests.worker.ranks import Rank
 
@@ -275,11 +275,9 @@ def every_collective(rank: Rank) -> None:
     told: list[object] = ["mine"]
     dist.broadcast_object_list(told, src=me)
     assert told == ["mine"]
-    try:
+    with contextlib.suppress(UsageError):
         dist.broadcast_object_list(told, src=(me + 1) % size)
         rank.say("made an object of nothing")
-    except EOFError:
-        pass
     dist.barrier()
     part = dist.new_group([1, me])
     assert dist.get_world_size(part) == 2

@@ -132,7 +132,8 @@ def trained(
             _step(rank, network, model, optimizer, 1, Hurt(network, -1, "", 0))
             if line > 0:
                 after_failure.settle_buckets([model])
-        after_failure.recover_modules([model], first_step=line == 0)
+            else:
+                after_failure.recover_modules([model], first_step=True)
         assert rank.collectives == 0
         step = _go_on(rank, state, line)
     else:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import threading
 from pathlib import Path
 
 import pytest
 
 from ftrain.errors import PeerLost
+from ftrain.worker import gloo_sockets
 from ftrain.worker.ordinary_group import beside
 from tests.worker.harness import PATIENCE_SECONDS
 from tests.worker.ranks import ranks
@@ -143,3 +146,15 @@ def test_sockets_of_others_are_left_alone(tmp_path: Path) -> None:
         assert run.hear_all() == [("untouched",)] * 2
         run.name_generation(0, 1)
         run.end()
+
+
+def test_descriptor_that_is_another_socket_by_now_is_left_alone() -> None:
+    one, other = socket.socketpair()
+    with one, other:
+        inode = os.fstat(one.fileno()).st_ino
+        assert not gloo_sockets.shut_down_socket(one.fileno(), inode + 1)
+        one.sendall(b"still there")
+        assert other.recv(20) == b"still there"
+        assert gloo_sockets.shut_down_socket(one.fileno(), inode)
+        assert other.recv(20) == b""
+    assert not gloo_sockets.shut_down_socket(one.fileno(), inode)
