@@ -55,6 +55,8 @@ class Agent:
         self._workers: dict[int, WorkerProcess] = {}
         self._memory: dict[int, RankMemory] = {}  # by local rank
         self._stores: dict[int, int] = {}  # pid -> generation
+        self._forks = 0  # under way
+        self._ended_early: dict[int, tuple[int, int]] = {}  # pid -> code and signal
         self._tasks: set[asyncio.Task[None]] = set()
         self._saver = Saver(storage, spec.topology.processes, self._saved)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -150,6 +152,8 @@ class Agent:
             return
         worker = next((one for one in self._workers.values() if one.pid == pid), None)
         if worker is None:
+            if self._forks:
+                self._ended_early[pid] = (code, signum)  # its fork may not have been heard of yet
             return
         exit = worker.ended(code, signum, self._worker_said)
         if all(one.exit is not None or one.pid == pid for one in self._state.workers.values()):
@@ -191,7 +195,9 @@ class Agent:
                     pages.revoke(self._workers[rank].page, generation)
             case node.KillRanks(ranks):
                 for rank in ranks:
-                    self._nursery.signal(self._workers[rank].pid, signal.SIGKILL)
+                    # One that is still being forked is killed as soon as it is there.
+                    if rank in self._workers and self._workers[rank].pid:
+                        self._nursery.signal(self._workers[rank].pid, signal.SIGKILL)
             case node.Kill(grace_seconds):
                 self._kill(grace_seconds)
             case node.ArmPages(attempt, slot, hold, ranks):
@@ -277,6 +283,7 @@ class Agent:
             FD_NAMES,
             boot,
         )
+        self._forks += 1
         try:
             pid = await self._nursery.fork(job, worker.fds)
         except NurseryDied as error:
@@ -284,8 +291,15 @@ class Agent:
             report = m.ErrorReport("ftrain.NurseryDied", str(error), "", unix_seconds=time.time())
             self._post(node.WorkerExited(m.RankExit(worker.rank, worker.local_rank, 0, 1, error=report)))
             return
+        finally:
+            self._forks -= 1
         worker.forked(pid, self._worker_said)
         self._post(node.Forked(worker.rank, pid))
+        if (end := self._ended_early.pop(pid, None)) is not None:
+            self._ended(pid, *end)
+            return
+        if not self._forks:
+            self._ended_early.clear()
         now = self._state.workers.get(worker.rank)
         if self._state.stopping or self._state.leave is not None or now is None or now.killed:
             self._nursery.signal(pid, signal.SIGKILL)  # the order to stop came while it was being forked
