@@ -100,7 +100,11 @@ class Arena:
             return
         if self._mapping is None or self._mapping.nbytes != size:
             self._mapping = _native.Mapping(self._fd, size)
-        self._regions = _read_header(self._mapping, size)
+        # A worker may die while it makes room: what has no whole header holds nothing, and is made anew.
+        try:
+            self._regions = _read_header(self._mapping, size)
+        except CorruptCheckpoint:
+            self._regions = ()
 
     def address(self, slot: int) -> int:
         """Where the slot's image begins in this process."""
@@ -142,6 +146,8 @@ class Arena:
 
     def read_index(self, slot: int) -> bytes:
         """What the slot was sealed with. Raises `CorruptCheckpoint` where it was not, or was damaged since."""
+        if slot >= self.slots:
+            raise CorruptCheckpoint(f"the arena has no slot {slot}: its header is gone")
         region = self._region(slot)
         length, checksum = self._seal(slot)
         if not 0 < length <= region.index_bytes - _SEAL.size:

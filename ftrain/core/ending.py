@@ -10,6 +10,7 @@ where standing still does not come to an end.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from ftrain.core import commit, leaving, reception, remains, rounds, supervision
 from ftrain.core import messages as m
@@ -137,6 +138,8 @@ def judge(turn: Turn) -> None:
         turn.enter(Phase.FORMING)
         return
     turn.set(judged=True)
+    if failure.kind is FailureClass.CORRUPT and state.resume is None and (state.line is None or not state.line.attempt):
+        failure = replace(failure, kind=FailureClass.EXCEPTION)  # there is nothing to be passed over
     if failure.kind is FailureClass.CORRUPT and state.line is not None and state.line.attempt is not None:
         turn.set(spoiled=state.spoiled | {state.line.attempt})
         turn.log(f"the snapshot of step {state.line.step} is damaged and is passed over", "error")

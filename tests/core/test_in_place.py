@@ -252,3 +252,12 @@ def test_who_was_there_stays_when_more_come_than_are_needed() -> None:
     found = form(FormationPolicy(2, 2), nodes, before("a", "b"), 2, 0.0, 10.0)
     assert isinstance(found, Generation)
     assert [member.node for member in found.members] == ["a", "b"]
+
+
+def test_damage_where_nothing_can_be_passed_over_uses_up_the_budget() -> None:
+    scene = Scene().started()
+    error = m.ErrorReport("ftrain.errors.CorruptCheckpoint", "the arena is damaged", "", "train.py:1", 1.0)
+    exits = (msgspec.structs.replace(dead("a", -1, (), signal=0), code=1, error=error),)
+    scene.report("a", exits=exits, stopped=True)
+    scene.report("b", stopped=True)
+    assert scene.state.budget.without_progress == 1
