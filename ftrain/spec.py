@@ -71,6 +71,7 @@ class JobSpec:
     lease_seconds: float = 10.0
     last_call_seconds: float = 5.0
     stop_grace_seconds: float = STOP_GRACE_SECONDS
+    peer_copies: bool = True  # nodes keep copies of one another's snapshots and private state
     environment: dict[str, str] = field(default_factory=dict)
 
     @property

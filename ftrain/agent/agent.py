@@ -8,38 +8,52 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import os
 import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
+
+import msgspec
 
 from ftrain import _native
-from ftrain.agent import environment, pages
+from ftrain.agent import activity, environment, pages, stacks
 from ftrain.agent.child import Job
 from ftrain.agent.forks import Nursery, NurseryDied
+from ftrain.agent.peer_sender import Rank
+from ftrain.agent.peers import FETCHED_SLOT, Peers
 from ftrain.agent.saver import Saver
 from ftrain.agent.workers import FD_NAMES, RankMemory, WorkerProcess
 from ftrain.control.client import Client
+from ftrain.control.secret import Secret
+from ftrain.control.service import EVERYWHERE, LOOPBACK
 from ftrain.core import local, node
 from ftrain.core import messages as m
+from ftrain.core.hangs import Look
 from ftrain.core.local import Boot, Recover
-from ftrain.errors import ExitCode, FtrainError, Refused
+from ftrain.errors import ExitCode, FtrainError, PeerLost, Refused
 from ftrain.spec import JobSpec
 from ftrain.storage.base import Storage
 
 log = logging.getLogger("ftrain")
 LOG_DRAIN_SECONDS = 2.0
+LOOK_SECONDS = 0.25  # between two looks at the workers
 WAITING_NOTE_SECONDS = 5.0
 
 
 class Agent:
     """Runs until told to leave; `run` returns the exit code and a summary for the user."""
 
-    def __init__(self, spec: JobSpec, hello: m.Hello, client: Client, storage: Storage) -> None:
+    def __init__(self, spec: JobSpec, hello: m.Hello, client: Client, storage: Storage, secret: Secret) -> None:
         self._spec = spec
+        self._peers: Peers | None = None
+        if spec.peer_copies and not spec.topology.single:
+            self._peers = Peers(hello.run_id, hello.node, secret, self._ranks, self._held, self._keeps)
+            port = self._peers.open(LOOPBACK if spec.topology.loopback else EVERYWHERE)
+            hello = msgspec.structs.replace(hello, peer_port=port)
         self._state = node.State(
             hello,
             grace_seconds=spec.grace_seconds,
@@ -70,6 +84,7 @@ class Agent:
         _native.set_child_subreaper(True)
         channel = self._spawn(self._client.run(self._hello, self._heard, self._channel_changed))
         self._spawn(self._beat())
+        self._spawn(self._watch())
         try:
             return await self._done
         finally:
@@ -115,6 +130,22 @@ class Agent:
         """Where the workers are, as their control pages say now."""
         return {rank: worker.where() for rank, worker in self._workers.items() if worker.page_fd >= 0}
 
+    def _ranks(self) -> list[Rank]:
+        """The workers, for their peer copies."""
+        found = []
+        for rank, worker in self._workers.items():
+            known = self._state.workers.get(rank)
+            if known is not None and worker.page_fd >= 0:
+                looping = known.looping is not None
+                found.append(Rank(rank, worker.where()[0], looping, known.shard, known.replays, worker.memory))
+        return found
+
+    def _held(self) -> Mapping[int, m.Attempt]:
+        return self._state.held
+
+    def _keeps(self, kept: tuple[m.Kept, ...]) -> None:
+        self._post(node.Keeps(kept))
+
     def _heard(self, message: m.FromCoordinator) -> None:
         if isinstance(message, m.Welcome):
             self._heartbeat_seconds = message.heartbeat_seconds
@@ -141,6 +172,23 @@ class Agent:
         while True:
             await asyncio.sleep(self._heartbeat_seconds)
             self._post(node.Beat())
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            found = [self._workers[one.rank] for one in self._state.alive if one.rank in self._workers]
+            self._post(node.Looked({worker.rank: self._look(worker) for worker in found if worker.pid}))
+
+    def _look(self, worker: WorkerProcess) -> Look:
+        state, watched = activity.state(worker.pid), self._state.watches.get(worker.rank)
+        wanted = watched is not None and watched.wants_usage(time.monotonic())
+        found = pages.look(worker.page)
+        return dataclasses.replace(
+            found,
+            stopped=state == activity.STOPPED,
+            excused=found.excused or state == activity.TRACED,
+            usage=activity.usage(worker.pid) if wanted else None,
+        )
 
     def _worker_said(self, rank: int, message: local.FromWorker) -> None:
         self._post(node.WorkerSaid(rank, message))
@@ -187,8 +235,10 @@ class Agent:
             case node.Reconnect():
                 self._client.reconnect()
             case node.Fork(start, ranks):
+                self._begin(start)
                 self._spawn(self._fork(start, ranks))
             case node.Continue(start, ranks):
+                self._begin(start)
                 self._continue(start, ranks)
             case node.RevokePages(generation, ranks):
                 for rank in ranks:
@@ -198,6 +248,8 @@ class Agent:
                     # One that is still being forked is killed as soon as it is there.
                     if rank in self._workers and self._workers[rank].pid:
                         self._nursery.signal(self._workers[rank].pid, signal.SIGKILL)
+            case node.DumpStack(rank):
+                self._spawn(self._dump_stack(self._workers[rank]))
             case node.Kill(grace_seconds):
                 self._kill(grace_seconds)
             case node.ArmPages(attempt, slot, hold, ranks):
@@ -223,6 +275,13 @@ class Agent:
             case node.Exit():
                 self.finish(action)
 
+    async def _dump_stack(self, worker: WorkerProcess) -> None:
+        def ask() -> None:
+            self._nursery.signal(worker.pid, local.STACK_SIGNAL)
+
+        stack = await stacks.dump(ask, worker.logs.directory / "stderr.log")
+        self._post(node.Dumped(worker.rank, worker.pid, stack))
+
     async def _fork(self, start: m.Start, ranks: tuple[int, ...]) -> None:
         self._end_stores(start.generation - 1)
         for rank in set(self._workers) - set(start.survivors):
@@ -231,12 +290,44 @@ class Agent:
             local_rank = rank - start.first_rank
             memory = self._rank_memory(local_rank, rank, start)
             self._workers[rank] = WorkerProcess.prepare(self._spec.output, start.generation, rank, local_rank, memory)
-        await asyncio.gather(*(self._fork_one(start, self._workers[rank]) for rank in ranks))
+        if start.fetch is None or await self._fetch(start, ranks):
+            await asyncio.gather(*(self._fork_one(start, self._workers[rank]) for rank in ranks))
+
+    def _begin(self, start: m.Start) -> None:
+        if self._peers is not None:
+            self._peers.begin(start)
+
+    async def _fetch(self, start: m.Start, ranks: tuple[int, ...]) -> bool:
+        """Bring what the new ranks go on from to this node. Where that fails they have ended before they began."""
+        assert start.line is not None
+        try:
+            if self._peers is None:
+                raise PeerLost("this node was started with --peer-copies off, unlike the one before it")
+            memory = {rank: self._workers[rank].memory for rank in ranks}
+            await self._peers.fetch(start, memory, lambda: self._is_wanted(start))
+        except PeerLost as error:
+            log.warning("peer copies: %s", error)
+            for rank in ranks:
+                self._not_forked(self._workers[rank], "ftrain.errors.PeerLost", str(error))
+            return False
+        if start.line.attempt is not None:
+            self._post(node.Fetched(start.generation, FETCHED_SLOT, start.line.attempt))
+        return True
+
+    def _is_wanted(self, start: m.Start) -> bool:
+        state = self._state
+        return state.start is start and not (state.stopping or state.halting) and state.leave is None
+
+    def _not_forked(self, worker: WorkerProcess, kind: str, why: str) -> None:
+        worker.close_worker_ends()
+        report = m.ErrorReport(kind, why, "", unix_seconds=time.time())
+        self._post(node.WorkerExited(m.RankExit(worker.rank, worker.local_rank, 0, 1, error=report)))
 
     def _rank_memory(self, local_rank: int, rank: int, start: m.Start) -> RankMemory:
         known = self._memory.get(local_rank)
         writing = {writer for _, writer in self._state.writing}
-        if known is not None and (start.line is not None or rank not in writing):
+        gets_snapshot = start.fetch is not None and start.line is not None and start.line.attempt is not None
+        if known is not None and not gets_snapshot and (start.line is not None or rank not in writing):
             return known
         # A snapshot in the old one is still being persisted: it closes with the last reference to it.
         self._memory[local_rank] = RankMemory(local_rank)
@@ -287,9 +378,7 @@ class Agent:
         try:
             pid = await self._nursery.fork(job, worker.fds)
         except NurseryDied as error:
-            worker.close_worker_ends()
-            report = m.ErrorReport("ftrain.NurseryDied", str(error), "", unix_seconds=time.time())
-            self._post(node.WorkerExited(m.RankExit(worker.rank, worker.local_rank, 0, 1, error=report)))
+            self._not_forked(worker, "ftrain.NurseryDied", str(error))
             return
         finally:
             self._forks -= 1
@@ -360,6 +449,8 @@ class Agent:
     async def _close(self, channel: asyncio.Task[None]) -> None:
         """Leave nothing behind: no process, no thread, no socket."""
         await self._nursery.close()
+        if self._peers is not None:
+            await self._peers.close()
         await asyncio.gather(*(worker.logs.drained(LOG_DRAIN_SECONDS) for worker in self._workers.values()))
         self._client.stop()
         await asyncio.wait({channel})

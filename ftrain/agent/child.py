@@ -21,7 +21,7 @@ from types import TracebackType
 
 import msgspec
 
-from ftrain.core.local import BOOT_VARIABLE, Boot, WorkerError
+from ftrain.core.local import BOOT_VARIABLE, STACK_SIGNAL, Boot, WorkerError
 from ftrain.core.messages import TRACEBACK_CHARS_MAX, ErrorReport
 from ftrain.errors import FtrainError
 
@@ -70,6 +70,7 @@ def run(job: Job, fds: list[int]) -> None:
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()
     faulthandler.enable()
+    faulthandler.register(STACK_SIGNAL)
     channel = named.get("channel")
     try:
         _call(job, named)

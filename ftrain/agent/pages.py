@@ -7,12 +7,14 @@ will be seen as armed by the worker when it gets there.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 from ftrain._native import ControlPage
 from ftrain.core import node_attempts
+from ftrain.core.hangs import Look
 from ftrain.core.messages import Attempt
-from ftrain.core.page import NO_STEP, Field, Phase
+from ftrain.core.page import NO_STEP, RECENT_NS, Field, Phase
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,3 +75,17 @@ def notify(page: ControlPage) -> None:
 def where(page: ControlPage) -> tuple[int, int]:
     """Steps finished, and the phase: still readable when the worker is dead."""
     return page.load(Field.STEP), page.load(Field.PHASE)
+
+
+def look(page: ControlPage) -> Look:
+    """Where a worker stands, how fast it was lately, and whether it asked to be let alone."""
+    recent = [page.load(word) for word in RECENT_NS]
+    return Look(
+        page.load(Field.STEP),
+        page.load(Field.PHASE),
+        page.load(Field.COLLECTIVE_SEQ),
+        page.load(Field.COLLECTIVE_KIND),
+        page.load(Field.COLLECTIVE_MARK),
+        tuple(taken / 1e9 for taken in recent if taken > 0),
+        excused=time.monotonic_ns() < page.load(Field.QUIET_UNTIL_NS),
+    )

@@ -48,6 +48,13 @@ def _node(state: State, name: str) -> dict[str, Any]:
         "host": node.hello.host if node is not None else None,
         "pid": node.hello.pid if node is not None else None,
         "connected": node is not None and node.connected,
+        "keeps": {
+            str(kept.rank): {
+                "boundaries": list(kept.boundaries),
+                "snapshots": [attempt.step for attempt in kept.attempts],
+            }
+            for kept in state.report(name).keeps
+        },
         "ranks": [
             {
                 "rank": rank.rank,
@@ -57,6 +64,7 @@ def _node(state: State, name: str) -> dict[str, Any]:
                 "phase": WorkerPhase(rank.phase).name.lower(),
                 "joined": rank.joined,
                 "stall_seconds": rank.stall_seconds,
+                "still_seconds": rank.progress.still_seconds if rank.progress is not None else 0.0,
             }
             for rank in state.report(name).ranks
         ],

@@ -99,6 +99,9 @@ def launch(
     ] = "10m",
     grace: Annotated[str, typer.Option("--grace", help="After SIGTERM: time to save the last step and leave.")] = "25s",
     lease: Annotated[str, typer.Option("--lease", help="Silence after which a node counts as lost.")] = "10s",
+    peer_copies: Annotated[
+        str, typer.Option("--peer-copies", help="Each node's memory is backed by the next one's: on or off.")
+    ] = "on",
     rdzv_backend: Annotated[
         str, typer.Option("--rdzv-backend", "--rdzv_backend", help=_SAME, rich_help_panel=_TORCHRUN)
     ] = "",
@@ -140,6 +143,7 @@ def launch(
         lease_seconds=options.some_seconds(lease, "--lease"),
         last_call_seconds=options.seconds(conf.get("last_call_timeout", "5"), "--rdzv-conf last_call_timeout"),
         stop_grace_seconds=shutdown_timeout,
+        peer_copies=options.switch(peer_copies, "--peer-copies"),
     )
     raise typer.Exit(run_job(spec))
 

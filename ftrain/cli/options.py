@@ -88,6 +88,13 @@ def some_seconds(text: str, flag: str) -> float:
     return found
 
 
+def switch(text: str, flag: str) -> bool:
+    """`on` or `off`."""
+    if text not in ("on", "off"):
+        raise UsageError(f"{flag} {text}: give on or off")
+    return text == "on"
+
+
 def checkpoints(every: str, keep: int, snapshot_every: str) -> CheckpointPolicy:
     """Both periods are `100` (steps), `30s`, `5m`, `1h`, or `off`."""
     if keep < 1:

@@ -90,7 +90,7 @@ async def _run(spec: JobSpec, secret: Secret) -> node.Exit:
     if host is not None:
         address, port = ("127.0.0.1" if topology.loopback else topology.host), host[1]
     client = Client(f"[{address}]:{port}" if ":" in address else f"{address}:{port}", secret)
-    agent = Agent(spec, await _hello(spec, address, port), client, open_storage(str(spec.run_dir)))
+    agent = Agent(spec, await _hello(spec, address, port), client, open_storage(str(spec.run_dir)), secret)
     agent_task = asyncio.create_task(agent.run())
     if host is None:
         exit = await agent_task

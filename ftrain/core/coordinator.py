@@ -17,7 +17,19 @@ from dataclasses import replace
 
 import msgspec
 
-from ftrain.core import commit, ending, forming, journal, leaving, reception, recovery, remains, rounds, supervision
+from ftrain.core import (
+    commit,
+    ending,
+    forming,
+    hangs,
+    journal,
+    leaving,
+    reception,
+    recovery,
+    remains,
+    rounds,
+    supervision,
+)
 from ftrain.core import messages as m
 from ftrain.core.journal import History
 from ftrain.core.membership import Generation, Member
@@ -221,10 +233,10 @@ def _adopt(turn: Turn) -> None:
         turn.enter(Phase.RUNNING)
         for node in state.members:
             reception.resync(turn, node, state.report(node))
-    elif (
-        state.gone
-        or turn.now >= state.until
-        or all(name in state.nodes and remains.knows(state, name) for name in state.members)
+    elif turn.now >= state.until or all(
+        # What is left on the other nodes may go on in place, and one of them may keep what the lost one had.
+        name in state.gone or (name in state.nodes and remains.knows(state, name))
+        for name in state.members
     ):
         turn.set(gone=state.gone | (generation.nodes - set(state.nodes)))
         if turn.state.gone and any(report.ranks or report.exits for report in reports):
@@ -260,6 +272,8 @@ def _running(turn: Turn) -> None:
             why = f"rank {rank.rank} lost its peers after step {rank.step}"
             turn.set(failure=Failure(FailureClass.LINK, node, why, rank.rank, rank.step))
         turn.set(failed_at=turn.now)
+        if turn.state.failure is not None and turn.state.failure.kind is FailureClass.HANG:
+            _count_hang(turn)
         assert turn.state.failure is not None or state.drain is not None
         ending.end(turn, turn.state.failure.summary if turn.state.failure else "the run is leaving")
     elif len(state.exits) == generation.world_size:
@@ -279,6 +293,33 @@ def _running(turn: Turn) -> None:
         if newcomer := forming.can_grow(turn):
             leaving.regroup(turn, f"a node on {newcomer.hello.host} joined")
         rounds.propose(turn)
+        if turn.state.looping_since and turn.state.drain is None and turn.now >= turn.state.hangs_due:
+            _look_for_hangs(turn)
+
+
+def _look_for_hangs(turn: Turn) -> None:
+    """Once in a while: a rank that others wait for is killed; where nobody can be named, all go on in place."""
+    state = turn.state
+    turn.set(hangs_due=turn.now + state.policy.heartbeat_seconds)
+    nodes = {rank.rank: node for node in state.members for rank in state.report(node).ranks}
+    ranks = [rank for node in state.members for rank in state.report(node).ranks]
+    if state.generation is None or len(ranks) < state.generation.world_size:
+        return
+    factor = hangs.leniency(state.hangs) if state.furthest <= state.hung_step else 1.0
+    match hangs.judge(ranks, factor):
+        case hangs.Kill(rank, step, collective, hang):
+            turn.send(nodes[rank], m.KillRank(state.term, state.number, rank, step, collective, hang))
+        case hangs.Cut(why, rank, step):
+            kind = FailureClass.LINK if rank < 0 else FailureClass.HANG
+            turn.set(failure=Failure(kind, nodes.get(rank, ""), why, rank, step), failed_at=turn.now)
+            _count_hang(turn)
+            ending.end(turn, why)
+
+
+def _count_hang(turn: Turn) -> None:
+    state = turn.state
+    again = state.furthest <= state.hung_step
+    turn.set(hangs=state.hangs + 1 if again else 1, hung_step=state.furthest)
 
 
 __all__ = ["Log", "initial", "step", "wake_at"]

@@ -82,6 +82,7 @@ def _begin(turn: Turn, generation: Generation, line: m.Line | None, survivors: f
         resume=resume,
         line=line,
         survivors=survivors,
+        fetches=remains.fetches(state, generation, line, survivors),
         exits={},
         gone=frozenset(),
         failure=None,

@@ -13,6 +13,8 @@ from ftrain.core.messages import ErrorReport, Line, Name, Resume, Text
 
 BOOT_VARIABLE = "FTRAIN_BOOT"
 PACKET_BYTES_MAX = 192 << 10
+STACK_SIGNAL = 61  # a real-time signal: a worker writes the stacks of its Python threads to its standard error
+STACK_CHARS_MAX = 8000
 
 
 class Boot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

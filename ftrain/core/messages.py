@@ -48,6 +48,15 @@ class ErrorReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     unix_seconds: float = 0.0
 
 
+class Hang(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Why a rank that is alive is ended: `text` goes on from "rank 1 hung: "."""
+
+    text: Text
+    seconds: float = 0.0  # that it stood still
+    waiting: Annotated[tuple[Count, ...], msgspec.Meta(max_length=8)] = ()  # some of the ranks that waited for it
+    stack: Text = ""  # where it was in Python, if it could say
+
+
 class RankExit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How one worker ended. `signal` is 0 unless a signal ended it."""
 
@@ -64,6 +73,7 @@ class RankExit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kept: Boundaries = ()  # the boundaries whose private state outlived it
     shard: Name = ""
     replays: bool = False
+    hang: Hang | None = None  # its agent ended it for this
 
     @property
     def failed(self) -> bool:
@@ -86,6 +96,19 @@ class PackRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tensors: Count
 
 
+class Progress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where a rank is between its boundaries, and for how long it has stood still there."""
+
+    collective: Count = 0  # collectives that it has entered since it came into its loop
+    kind: Count = 0  # of the last one
+    mark: Count = 0  # `collective` at its newest boundary
+    still_seconds: float = 0.0
+    idle_seconds: float = 0.0  # of these, with neither processor nor I/O, its children's included
+    stopped: bool = False  # by a signal
+    median_seconds: float = 0.0  # of its latest steps, 0 where there is none yet
+    slowest_seconds: float = 0.0
+
+
 class RunningRank(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rank: Count
     local_rank: Count
@@ -100,6 +123,32 @@ class RunningRank(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kept: Boundaries = ()  # halted: the boundaries whose private state is in its black box
     shard: Name = ""  # equal for ranks that are replicas of each other; "" until it has planned a snapshot
     replays: bool = False  # doing a step again by itself gives its private state of the step's end
+    progress: Progress | None = None  # None until its agent has looked
+
+
+class Kept(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a node keeps in its memory of one rank of another node."""
+
+    rank: Count
+    boundaries: Boundaries = ()  # whose private state is there
+    attempts: Annotated[tuple[Attempt, ...], msgspec.Meta(max_length=4)] = ()  # whose snapshots are there, whole
+    shard: Name = ""
+    replays: bool = False
+
+
+class Peer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A node, and where its agent takes and gives peer copies."""
+
+    node: Name
+    address: Name
+    port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
+
+
+class Fetch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What these ranks go on from is at another node, and is to be here before they are forked."""
+
+    peer: Peer
+    ranks: Annotated[tuple[Count, ...], msgspec.Meta(max_length=RANKS_PER_NODE_MAX)]
 
 
 class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -117,6 +166,7 @@ class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     at_end: bool = False  # every local worker finished its last step, and waits or waited for its snapshot
     halted: bool = False  # what is alive of that generation stands still, and goes on in a later one or not at all
     held: Annotated[tuple[Attempt, ...], msgspec.Meta(max_length=16)] = ()  # sealed here for all local ranks
+    keeps: Annotated[tuple[Kept, ...], msgspec.Meta(max_length=RANKS_PER_NODE_MAX)] = ()  # for another node
 
 
 # ---------------------------------------------------------------------------------------------- agent -> coordinator
@@ -137,6 +187,7 @@ class Hello(msgspec.Struct, frozen=True, tag="hello", tag_field="kind", forbid_u
     term_seen: Count  # highest coordinator term that this agent has obeyed
     report: Report = Report()
     joins: bool = False  # its script calls ftrain.join(): until it comes to that, it has done nothing
+    peer_port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0  # where it takes peer copies, 0 where it takes none
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat", tag_field="kind", forbid_unknown_fields=True):
@@ -268,6 +319,8 @@ class Start(msgspec.Struct, frozen=True, tag="start", tag_field="kind", forbid_u
     resume: Resume | None
     line: Line | None = None  # None: all ranks are new, and go on from `resume`
     survivors: tuple[Count, ...] = ()  # of this node
+    keeper: Peer | None = None  # the node that is to have copies of what this one's ranks go on from
+    fetch: Fetch | None = None
 
 
 class Prepare(msgspec.Struct, frozen=True, tag="prepare", tag_field="kind", forbid_unknown_fields=True):
@@ -292,6 +345,17 @@ class Halt(msgspec.Struct, frozen=True, tag="halt", tag_field="kind", forbid_unk
     term: Count
     generation: Count
     why: Text
+
+
+class KillRank(msgspec.Struct, frozen=True, tag="kill_rank", tag_field="kind", forbid_unknown_fields=True):
+    """This rank hangs and is to be ended, if it still is where it was seen."""
+
+    term: Count
+    generation: Count
+    rank: Count
+    step: int
+    collective: Count
+    hang: Hang
 
 
 class Arm(msgspec.Struct, frozen=True, tag="arm", tag_field="kind", forbid_unknown_fields=True):
@@ -345,5 +409,18 @@ class Tell(msgspec.Struct, frozen=True, tag="tell", tag_field="kind", forbid_unk
 
 
 FromCoordinator = (
-    Welcome | Declined | Prepare | Start | Stop | Halt | Arm | Abort | Committed | Verdict | Release | Leave | Tell
+    Welcome
+    | Declined
+    | Prepare
+    | Start
+    | Stop
+    | Halt
+    | KillRank
+    | Arm
+    | Abort
+    | Committed
+    | Verdict
+    | Release
+    | Leave
+    | Tell
 )

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import msgspec
 
-from ftrain.core import local, node_attempts, recovery
+from ftrain.core import local, node_attempts, node_hangs, recovery
 from ftrain.core import messages as m
 from ftrain.core.node_state import (
     Action,
@@ -24,13 +24,18 @@ from ftrain.core.node_state import (
     Disarmed,
     DisarmPages,
     Disconnected,
+    Dumped,
+    DumpStack,
     Event,
     Exit,
+    Fetched,
     Fork,
     Forked,
     HostStore,
+    Keeps,
     Kill,
     KillRanks,
+    Looked,
     Pages,
     Persist,
     Persisted,
@@ -71,13 +76,18 @@ __all__ = [
     "DisarmPages",
     "Disarmed",
     "Disconnected",
+    "DumpStack",
+    "Dumped",
     "Event",
     "Exit",
+    "Fetched",
     "Fork",
     "Forked",
     "HostStore",
+    "Keeps",
     "Kill",
     "KillRanks",
+    "Looked",
     "Pages",
     "Persist",
     "PersistFailed",
@@ -144,8 +154,17 @@ def step(state: State, event: Event, now: float, pages: Pages) -> tuple[State, t
         case StoreDown(generation):
             if state.store is not None and state.store.generation == generation:
                 turn.set(store=None)
+        case Keeps(kept):
+            _keeps(turn, kept)
+        case Fetched(generation, slot, attempt):
+            if generation == state.generation:
+                turn.set(held={slot: attempt})
         case Signalled(why):
             _signalled(turn, why)
+        case Looked(looks):
+            node_hangs.looked(turn, looks)
+        case Dumped(rank, pid, stack):
+            node_hangs.dumped(turn, rank, pid, stack)
         case Beat():
             _beat(turn)
     _finish(turn)
@@ -186,6 +205,8 @@ def _said(turn: Turn, message: m.FromCoordinator) -> None:
             _stop(turn, generation, grace)
         case m.Halt(generation=generation):
             _halt(turn, generation)
+        case m.KillRank():
+            node_hangs.kill(turn, message)
         case m.Arm():
             node_attempts.arm(turn, message)
         case m.Abort(attempt=attempt):
@@ -229,7 +250,8 @@ def _start(turn: Turn, start: m.Start) -> None:
     state = turn.state
     survivors = {rank: worker for rank, worker in state.workers.items() if rank in start.survivors}
     others = [worker.rank for worker in state.alive if worker.rank not in survivors]
-    if start.generation <= state.generation or others or state.leave is not None or (survivors and state.stopping):
+    ending = state.stopping and any(worker.exit is None for worker in survivors.values())
+    if start.generation <= state.generation or others or state.leave is not None or ending:
         return
     ranks = range(start.first_rank, start.first_rank + state.hello.processes)
     # A survivor that died since says so in the report of the generation that it was to go on in.
@@ -244,11 +266,14 @@ def _start(turn: Turn, start: m.Start) -> None:
         halting=False,
         halt_until=float("inf"),
         workers=dict(sorted(workers.items())),
+        keeps=(),  # until it is known what of it is of the history that goes on
     )
     if start.line is None:
         # Nobody goes on with what arenas hold, or with an attempt of before.
         committed = start.resume.attempt.step if start.resume is not None else 0
         turn.set(snapshot=None, held={}, attempt_seen=0, committed=committed, filling={})
+    elif start.fetch is not None and start.line.attempt is not None:
+        turn.set(held={})  # its ranks get other arenas, with the snapshot of the line in them
     alive = tuple(rank for rank, worker in survivors.items() if worker.exit is None)
     if alive:
         turn.do(Continue(start, alive))
@@ -258,8 +283,17 @@ def _start(turn: Turn, start: m.Start) -> None:
         turn.changed()
 
 
+def _keeps(turn: Turn, kept: tuple[m.Kept, ...]) -> None:
+    changed = kept != turn.state.keeps
+    turn.set(keeps=kept)
+    if changed and turn.state.halting:
+        turn.changed()  # what the run goes on from is being decided
+
+
 def _going_on(worker: Worker, generation: int) -> Worker:
-    return replace(worker, generation=generation, looping=None, halted=None, at_end=False)
+    # One that was told to end, by an order that came late, ended all the same when it was to go on.
+    exit = msgspec.structs.replace(worker.exit, ordered=False) if worker.exit is not None else None
+    return replace(worker, generation=generation, looping=None, halted=None, at_end=False, exit=exit)
 
 
 def _successor(worker: Worker, state: State, start: m.Start) -> Worker:
@@ -376,6 +410,7 @@ def _with(exit: m.RankExit, worker: Worker, ordered: bool) -> m.RankExit:
         ordered=ordered and not own,
         shard=worker.shard,
         replays=worker.replays,
+        hang=worker.hung if exit.signal and not own else None,
     )
 
 

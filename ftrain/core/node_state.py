@@ -9,6 +9,7 @@ import msgspec
 
 from ftrain.core import local
 from ftrain.core import messages as m
+from ftrain.core.hangs import Look, Watch
 
 Pages = Mapping[int, tuple[int, int]]  # rank -> (steps finished, phase), read just now
 
@@ -29,6 +30,7 @@ class Worker:
     stall_seconds: float = 0.0
     error: m.ErrorReport | None = None
     killed: bool = False  # by its agent: how it ends says nothing
+    hung: m.Hang | None = None  # it is being ended for this
     exit: m.RankExit | None = None
 
 
@@ -63,8 +65,10 @@ class State(msgspec.Struct, frozen=True):  # not a dataclass: it is replaced man
     halting: bool = False  # the generation is over, but what can go on in place is alive
     halt_until: float = float("inf")  # workers that do not stand still by then are killed
     workers: Mapping[int, Worker] = {}
+    watches: Mapping[int, Watch] = {}  # the living workers, as they have been seen
     snapshot: Snapshot | None = None
     held: Mapping[int, m.Attempt] = {}  # slot -> the snapshot that is sealed in it for all local ranks
+    keeps: tuple[m.Kept, ...] = ()  # for another node
     attempt_seen: int = 0
     committed: int = 0  # the step of the newest commit that this node has heard of, 0 for none
     # Ranks that may still write the snapshot of a dead attempt: rank -> (that attempt's step, slot).
@@ -161,8 +165,40 @@ class StoreDown:
 
 
 @dataclass(frozen=True, slots=True)
+class Keeps:
+    """What is kept here for another node is this now."""
+
+    kept: tuple[m.Kept, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """The snapshot that the generation goes on from has come from another node, into this slot of each rank."""
+
+    generation: int
+    slot: int
+    attempt: m.Attempt
+
+
+@dataclass(frozen=True, slots=True)
 class Signalled:
     why: str  # SIGTERM or SIGINT
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """Several times a second: how each living worker looks."""
+
+    looks: Mapping[int, Look]
+
+
+@dataclass(frozen=True, slots=True)
+class Dumped:
+    """The answer to `DumpStack`. `stack` is "" where the worker could not say."""
+
+    rank: int
+    pid: int
+    stack: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +219,11 @@ Event = (
     | PersistFailed
     | StoreUp
     | StoreDown
+    | Keeps
+    | Fetched
     | Signalled
+    | Looked
+    | Dumped
     | Beat
 )
 
@@ -229,6 +269,13 @@ class KillRanks:
     """End these workers at once."""
 
     ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DumpStack:
+    """Have this worker write where it is; answer with `Dumped`."""
+
+    rank: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,6 +347,7 @@ Action = (
     | Continue
     | RevokePages
     | KillRanks
+    | DumpStack
     | Kill
     | ArmPages
     | DisarmPages
@@ -351,7 +399,9 @@ def report(state: State, pages: Pages) -> m.Report:
     workers = state.workers.values()
     loops = [worker.looping for worker in workers if worker.looping is not None]
     alive = state.alive
-    ranks = tuple(_running(worker, *pages.get(worker.rank, (-1, 0))) for worker in alive)
+    ranks = tuple(
+        _running(worker, *pages.get(worker.rank, (-1, 0)), state.watches.get(worker.rank)) for worker in alive
+    )
     return m.Report(
         version=state.version,
         generation=state.generation,
@@ -365,10 +415,11 @@ def report(state: State, pages: Pages) -> m.Report:
         at_end=bool(workers) and all(worker.at_end for worker in workers),
         halted=state.halting and bool(alive) and all(worker.halted for worker in alive),
         held=tuple(sorted(state.held.values())),
+        keeps=state.keeps,
     )
 
 
-def _running(worker: Worker, step: int, phase: int) -> m.RunningRank:
+def _running(worker: Worker, step: int, phase: int, watch: Watch | None) -> m.RunningRank:
     halted = worker.halted
     return m.RunningRank(
         worker.rank,
@@ -384,6 +435,7 @@ def _running(worker: Worker, step: int, phase: int) -> m.RunningRank:
         halted.kept if halted is not None else (),
         worker.shard,
         worker.replays,
+        watch.progress if watch is not None else None,
     )
 
 
@@ -402,4 +454,5 @@ def hello(state: State, pages: Pages) -> m.Hello:
         term_seen=state.term,
         report=report(state, pages),
         joins=state.hello.joins,
+        peer_port=state.hello.peer_port,
     )

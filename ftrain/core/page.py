@@ -20,12 +20,14 @@ class Field(IntEnum):
     STEP = 0  # steps finished; NO_STEP until the worker is in its loop
     PHASE = 1  # a Phase
     PROGRESS_NS = 2  # CLOCK_MONOTONIC at the last change of step or phase
-    COLLECTIVE_SEQ = 3  # collectives entered since the group was made
+    COLLECTIVE_SEQ = 3  # collectives entered since the worker came into its loop, in this generation
     COLLECTIVE_KIND = 4  # a Collective
     SEALED = 5  # number of the newest attempt whose snapshot is complete in its slot
     FAILED_ATTEMPT = 6  # number of the newest attempt whose snapshot could not be taken
     STALL_NS = 7  # how long the newest snapshot held the training thread
     TOTAL_STEPS = 8  # what the loop was asked for; 0 while unknown
+    COLLECTIVE_MARK = 9  # COLLECTIVE_SEQ at the newest boundary
+    QUIET_UNTIL_NS = 10  # CLOCK_MONOTONIC until which the user said that this rank will be quiet; 0 for never
 
     # Written by the agent. ARMED is stored last: whoever sees it sees the other three.
     ARMED = 32  # the step to snapshot at; 0 for none
@@ -36,6 +38,10 @@ class Field(IntEnum):
     RELEASE = 37  # 1: do not wait for a last snapshot, end
     REVOKED = 39  # the newest generation that is over: whoever is in it stands still
     EVENT = 38  # counts up, and is woken as a futex, after any of the above changed: what a waiting worker waits on
+
+
+# More words of the worker's: what its latest steps took in nanoseconds, the oldest overwritten; 0 for none yet.
+RECENT_NS = range(64, 96)
 
 
 class Phase(IntEnum):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ftrain.core import commit, leaving, membership, rounds, supervision
+from ftrain.core import commit, hangs, keeping, leaving, membership, rounds, supervision
 from ftrain.core import messages as m
 from ftrain.core.membership import Member, Node
 from ftrain.core.run_state import Measured, Phase, State, Turn
@@ -138,8 +138,10 @@ def resync(turn: Turn, node: str, report: m.Report) -> None:
         return
     for exit in report.exits:
         if exit.rank in member.ranks and exit.rank not in turn.state.exits:
-            turn.set(exits={**turn.state.exits, exit.rank: (node, exit)})
-            rounds.feed(turn, commit.WorkersLost(frozenset({exit.rank}), supervision.explain(node, exit).summary))
+            ranks = [rank for name in state.members for rank in turn.state.report(name).ranks]
+            whole = hangs.attributed(exit, ranks)
+            turn.set(exits={**turn.state.exits, exit.rank: (node, whole)})
+            rounds.feed(turn, commit.WorkersLost(frozenset({exit.rank}), supervision.explain(node, whole).summary))
     kept = report.halted and not state.scrapped
     over = state.phase in (Phase.FORMING, Phase.PAUSING, Phase.SETTLING) and not kept
     if (state.phase is Phase.STOPPING or over) and not report.stopped:
@@ -184,6 +186,8 @@ def start_node(turn: Turn, member: Member) -> None:
             state.resume,
             state.line,
             tuple(sorted(state.survivors.intersection(member.ranks))),
+            keeping.keeper(generation, state.nodes, member),
+            state.fetches.get(member.node),
         ),
     )
 

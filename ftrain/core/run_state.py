@@ -81,6 +81,7 @@ class State(msgspec.Struct, frozen=True):  # not a dataclass: it is replaced man
     resume: m.Resume | None = None
     line: m.Line | None = None  # what it goes on from in place; None where all of its ranks are new
     survivors: frozenset[int] = frozenset()  # its ranks that were not forked for it
+    fetches: Mapping[str, m.Fetch] = {}  # node -> what it has to get from another one first
     exits: Mapping[int, tuple[str, m.RankExit]] = {}
     gone: frozenset[str] = frozenset()  # its members that were lost
     # The attempt.
@@ -98,6 +99,9 @@ class State(msgspec.Struct, frozen=True):  # not a dataclass: it is replaced man
     started_at: float = 0.0
     looping_since: float = 0.0  # all ranks are in their loop
     stumbles: int = 0  # generations in a row that were to go on in place, and did not come to that
+    hangs: int = 0  # that brought no new step, in a row
+    hung_step: int = -1  # where the newest of them was
+    hangs_due: float = 0.0  # when to look for one next
     scrapped: bool = False  # all workers of the present generation were told to stop
     judged: bool = False  # the failure that ended the present generation
     judged_commit: int = 0  # sequence number of the newest commit when a failure was last judged

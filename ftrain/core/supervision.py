@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import Enum
 
+from ftrain.core.hangs import waited_for
 from ftrain.core.messages import RankExit
 from ftrain.errors import ExitCode
 
@@ -53,6 +54,7 @@ class FailureClass(Enum):
     USAGE = "wrong use"
     NODE = "node lost"
     LINK = "link cut"
+    HANG = "rank hung"
     LAUNCH = "could not start"
 
 
@@ -134,6 +136,10 @@ def first_failure(exits: tuple[tuple[str, RankExit], ...]) -> Failure:
 def explain(node: str, exit: RankExit) -> Failure:
     at = f" after step {exit.step}" if exit.step >= 0 else ""
     who = f"rank {exit.rank}"
+    if exit.hang is not None:
+        waited = f", while {waited_for(exit.hang.waiting)}" if exit.hang.waiting else ""
+        summary = f"{who} hung: {exit.hang.text}{waited}"
+        return Failure(FailureClass.HANG, node, summary, exit.rank, exit.step, exit.hang.stack)
     error = exit.error
     if error is not None:
         kind = FailureClass.EXCEPTION

@@ -19,7 +19,7 @@ from ftrain.checkpoint.black_box import BlackBox
 from ftrain.core import local
 from ftrain.core.local import BOOT_VARIABLE, PACKET_BYTES_MAX, Boot, FromWorker, Recover, WorkerMetrics
 from ftrain.core.messages import Attempt
-from ftrain.core.page import NO_STEP, Collective, Field, Phase
+from ftrain.core.page import NO_STEP, RECENT_NS, Collective, Field, Phase
 from ftrain.errors import Preempted, ProtocolError, Unavailable
 
 CAUSE_CHARS_MAX = 4000
@@ -48,6 +48,7 @@ class Link:
         self.generation = boot.generation
         self._channel = socket.socket(fileno=boot.channel_fd)
         self._collectives = 0
+        self._boundary_ns = 0  # when the newest boundary was reached; 0 before the first in the loop
         self.page.store(Field.STEP, NO_STEP)
 
     def say(self, message: FromWorker) -> None:
@@ -66,9 +67,29 @@ class Link:
         self.page.store(Field.COLLECTIVE_KIND, kind)
         self.page.store(Field.COLLECTIVE_SEQ, self._collectives)
 
+    def loops(self, step: int, total_steps: int) -> None:
+        """This rank is in its loop: collectives count from here, at all ranks."""
+        self._collectives = self._boundary_ns = 0
+        self.page.store(Field.COLLECTIVE_SEQ, 0)
+        self.page.store(Field.COLLECTIVE_MARK, 0)
+        self.page.store(Field.TOTAL_STEPS, total_steps)
+        self.page.store(Field.STEP, step)
+        self.enter(Phase.STEP)
+
+    def allow(self, until_ns: int) -> int:
+        """Until then (CLOCK_MONOTONIC) this rank is not taken for hung. Returns what held before."""
+        before = self.page.load(Field.QUIET_UNTIL_NS)
+        self.page.store(Field.QUIET_UNTIL_NS, until_ns)
+        return before
+
     def finished(self, step: int) -> Armed | None:
         """Publish a boundary, then look whether it is armed: in this order (docs/protocol.md)."""
         self.enter(Phase.BOUNDARY)
+        now = time.monotonic_ns()
+        if self._boundary_ns:  # the first step in a loop warms up
+            self.page.store(RECENT_NS[step % len(RECENT_NS)], now - self._boundary_ns)
+        self._boundary_ns = now
+        self.page.store(Field.COLLECTIVE_MARK, self._collectives)
         self.page.store(Field.STEP, step)
         return self.armed(step)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
+import time
 from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
@@ -123,6 +125,20 @@ class Run:
             raise UsageError(f"steps({total}): the number of steps cannot be negative")
         self._steps = Steps(self, total)
         return self._steps
+
+    def allow(self, seconds: float) -> contextlib.AbstractContextManager[object]:
+        """Say that this rank may be quiet for so many seconds from now: until then nothing takes it for hung.
+
+        As a context manager it ends with its block; otherwise with its time, or with the next call. Raises `UsageError`
+        for what is no number of seconds.
+        """
+        if not (math.isfinite(seconds) and seconds >= 0):
+            raise UsageError(f"allow({seconds}): give the seconds that this rank may be quiet for, 0 to end it")
+        block = contextlib.ExitStack()
+        if self._link is not None:
+            before = self._link.allow(time.monotonic_ns() + int(seconds * 1e9))
+            block.callback(self._link.allow, before)
+        return block
 
     # ----------------------------------------------------------------------------------------------- for Steps only
 

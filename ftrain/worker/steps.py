@@ -16,7 +16,7 @@ import torch
 
 from ftrain.core import local
 from ftrain.core.messages import Resume
-from ftrain.core.page import Field, Phase
+from ftrain.core.page import Phase
 from ftrain.errors import PeerLost, UsageError
 from ftrain.worker.link import Armed
 
@@ -194,9 +194,7 @@ class Steps:
     def _loops(self, step: int, began: float) -> None:
         assert self._link is not None
         self._done, self._counts = step, True
-        self._link.page.store(Field.TOTAL_STEPS, self._total or 0)
-        self._link.page.store(Field.STEP, step)
-        self._link.enter(Phase.STEP)
+        self._link.loops(step, self._total or 0)
         seconds = time.monotonic() - began
         self._link.say(local.WorkerLooping(step, self._total or 0, seconds, self._link.generation))
 

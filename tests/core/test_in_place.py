@@ -192,6 +192,19 @@ def test_survivor_that_dies_before_it_is_told_is_reported_in_the_new_generation(
     assert [exit.rank for exit in report.exits] == [3]
 
 
+def test_survivor_that_an_order_of_before_ended_has_failed_in_the_new_generation() -> None:
+    scene = test_node.Scene().looping()
+    survivors(scene)
+    scene.say(m.Stop(1, 1, "its generation is over", 0.0))  # it was sent before the coordinator heard of the survivor
+    scene.say(in_place(2, 3))
+    assert node.report(scene.state, scene.pages).generation == 1  # it is about to end
+    scene.exited(3, step=8)
+    scene.say(in_place(2, 3))
+    report = node.report(scene.state, scene.pages)
+    assert report.generation == 2
+    assert [(exit.rank, exit.failed) for exit in report.exits] == [(3, True)]
+
+
 def test_halted_word_of_an_older_generation_is_not_believed() -> None:
     scene = test_node.Scene().looping()
     survivors(scene)

@@ -6,19 +6,23 @@ other random numbers, and shuffled data. Each rank writes a line for each step t
 holds (`end-rR.json`).
 
 FTRAIN_TEST_INJURIES, a list of {point, rank, step, how}, is what to do to itself, each once: `point` says where in that
-step, or where in the first snapshot that is taken at that step or later; `how` is a signal's name, "raise" or "exit".
+step, or where in the first snapshot that is taken at that step or later; `how` is a signal's name, "raise", "exit"
+or one of `DELAYS`, of which not all end.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import json
 import os
 import random
 import signal
+import subprocess
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +43,7 @@ from ftrain.worker.recovery import Recovery
 
 SAMPLES, SAMPLES_PER_STEP, FEATURES, CLASSES = 180, 36, 8, 4
 INJURIES = "FTRAIN_TEST_INJURIES"
-EXACT = ("step", "after the optimizer", "at the boundary")
+EXACT = ("forward", "step", "after the optimizer", "at the boundary")
 
 
 class Injuries:
@@ -63,7 +67,7 @@ class Injuries:
                     (self._out / f"injury-{number}").touch(exist_ok=False)
                 except FileExistsError:
                     continue
-                _suffer(injury["how"])
+                _suffer(injury["how"], self._run)
 
     def _watch_snapshots(self) -> None:
         take, finish, seal, sealed = Snapshotter.take, Staging.finish, Arena.write_index, Link.sealed
@@ -108,12 +112,72 @@ class Injuries:
         Link.sealed = watched_sealed  # type: ignore[method-assign]
 
 
-def _suffer(how: str) -> None:
+def _suffer(how: str, run: ftrain.Run) -> None:
     if how == "raise":
         raise ValueError("hurt on purpose")
     if how == "exit":
         os._exit(7)
+    if how in DELAYS:
+        DELAYS[how](run)
+        return
     os.kill(os.getpid(), signal.Signals[how])
+
+
+def take_a_lock_twice(run: ftrain.Run) -> None:
+    del run
+    lock = threading.Lock()
+    with lock, lock:
+        raise AssertionError("a lock was taken twice")
+
+
+def wait_for_each_other(run: ftrain.Run) -> None:
+    """For two ranks."""
+    dist.recv(torch.zeros(1), 1 - run.rank)
+
+
+def evaluate(run: ftrain.Run, seconds: float = 27.0) -> None:
+    """Longer than an idle process is given; it computes for a tenth of the time."""
+    del run
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        began = time.process_time()
+        while time.process_time() - began < 0.01:
+            torch.ones(64, 64).matmul(torch.ones(64, 64))
+        time.sleep(0.09)
+
+
+def warm_up(run: ftrain.Run) -> None:
+    evaluate(run, 4.0)
+
+
+def load_slowly(run: ftrain.Run) -> None:
+    """For many steps, but not for as long as an idle process is given."""
+    del run
+    subprocess.run(["sleep", "4"], check=True)
+
+
+def collect_garbage(run: ftrain.Run) -> None:
+    del run
+    kept = [[[]] for _ in range(1_000_000)]
+    gc.collect()
+    del kept
+
+
+def rest(run: ftrain.Run) -> None:
+    """As long as an idle process is given, with leave."""
+    with run.allow(60.0):
+        time.sleep(25.0)
+
+
+DELAYS: dict[str, Callable[[ftrain.Run], None]] = {
+    "deadlock": take_a_lock_twice,
+    "wait for each other": wait_for_each_other,
+    "evaluate": evaluate,
+    "warm up": warm_up,
+    "load slowly": load_slowly,
+    "collect garbage": collect_garbage,
+    "rest": rest,
+}
 
 
 class Samples(Dataset[tuple[int, torch.Tensor, int]]):
@@ -188,6 +252,7 @@ def main() -> None:
             indices, x, y = next(batches)
             x = x + 0.01 * torch.randn_like(x) + 0.01 * random.random()
             loss = nn.functional.cross_entropy(model(x), y)
+            injuries.at("forward", step.number)
             loss.backward()
             injuries.at("step", step.number)
             optimizer.step()

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ftrain.core import local, node, node_attempts
 from ftrain.core import messages as m
+from tests.simulator.keepers import Peers
 from tests.simulator.network import Link
 from tests.simulator.workers import Memory, Worker
 
@@ -42,10 +43,12 @@ class Agent:
             "0",
             0,
             joins=world.plan.joins,
+            peer_port=7000 if world.plan.peers and world.plan.nodes > 1 else 0,
         )
         self.state = node.State(
             hello, grace_seconds=6.0, halt_seconds=4.0, coordinator_wait_seconds=90.0, lost_at=world.now
         )
+        self.peers = Peers(self)
         world.after(world.uniform(0.0, 0.3), self._connect)
         world.after(world.uniform(0.0, 1.0), self._beat)
 
@@ -96,8 +99,10 @@ class Agent:
             case node.Reconnect():
                 self._drop()
             case node.Fork(start, ranks):
+                self.peers.begin(start)
                 self._fork(start, ranks)
             case node.Continue(start, ranks):
+                self.peers.begin(start)
                 for rank in ranks:
                     self.world.after(0.01 * self.world.random(), self.workers[rank].go_on_in, start)
             case node.RevokePages(generation, ranks):
@@ -105,7 +110,7 @@ class Agent:
                     self.workers[rank].revoke(generation)
             case node.KillRanks(ranks):
                 for rank in ranks:
-                    if self.workers[rank].pid not in self.forking:
+                    if rank in self.workers and self.workers[rank].pid not in self.forking:
                         self.world.after(0.05 * self.world.random(), self.workers[rank].end, 0, 9)
             case node.Kill(grace_seconds):
                 self._kill(grace_seconds)
@@ -173,13 +178,33 @@ class Agent:
 
     def _fork(self, start: m.Start, ranks: tuple[int, ...]) -> None:
         self.workers = {rank: worker for rank, worker in self.workers.items() if rank in start.survivors}
+        gets_snapshot = start.fetch is not None and start.line is not None and start.line.attempt is not None
         for rank in ranks:
             local_rank = rank - start.first_rank
-            memory = self.memory.get(local_rank)
             in_use = start.line is None and any(writer == rank for _, writer in self.state.writing)
-            if memory is None or in_use:
-                memory = self.memory[local_rank] = Memory()
-            worker = Worker(self.world, self, start, rank, local_rank, memory)
+            if local_rank not in self.memory or in_use or gets_snapshot:
+                self.memory[local_rank] = Memory()
+        if start.fetch is None:
+            self._make(start, ranks)
+        else:
+            self.world.after(self.world.random(), self._fetch, start, ranks)
+
+    def _fetch(self, start: m.Start, ranks: tuple[int, ...]) -> None:
+        if not self.alive:
+            return
+        state = self.state
+        wanted = state.start is start and not (state.stopping or state.halting) and state.leave is None
+        if wanted and self.peers.fetch(start):
+            self._make(start, ranks)
+            return
+        for rank in ranks:
+            error = m.ErrorReport("ftrain.errors.PeerLost", "it cannot be had", "", unix_seconds=self.world.now)
+            self.feed(node.WorkerExited(m.RankExit(rank, rank - start.first_rank, 0, 1, error=error)))
+
+    def _make(self, start: m.Start, ranks: tuple[int, ...]) -> None:
+        for rank in ranks:
+            local_rank = rank - start.first_rank
+            worker = Worker(self.world, self, start, rank, local_rank, self.memory[local_rank])
             self.workers[rank] = worker
             self.forking[worker.pid] = worker
             self.world.after(0.03 * self.world.random(), self._forked, worker)

@@ -38,6 +38,7 @@ class Truth:
         self.began: dict[int, int] = {}  # generation -> the step at which its first rank came into its loop
         self.told: set[tuple[int, int]] = set()  # (generation, pid) that have planned
         self.damaged: set[m.Attempt] = set()
+        self.histories: dict[m.Attempt, int] = {}  # the generation in which the step of a snapshot was done
         self.commits = 0
         self.last_step = 0  # of the newest commit that is not damaged
         self.born: dict[tuple[int, int], int] = {}  # (generation, rank) -> pid
@@ -263,6 +264,26 @@ class Truth:
         self.told.add(key)
         return new
 
+    def sealed(self, worker: Worker, attempt: m.Attempt) -> None:
+        if self.histories.setdefault(attempt, worker.history) != worker.history:
+            raise Violation(f"{attempt} has ranks of histories {self.histories[attempt]} and {worker.history}")
+
+    def history_of(self, worker: Worker, line: m.Line | None, resume: m.Resume | None) -> int:
+        """The generation in which the step was done that the worker comes to."""
+        if line is not None and line.tier is m.Tier.LIVE:
+            giver = self._giver(worker, line)
+            return giver.history
+        attempt = line.attempt if line is not None and line.attempt is not None else resume and resume.attempt
+        return self.histories.get(attempt, 0) if attempt is not None else 0
+
+    def _giver(self, worker: Worker, line: m.Line) -> Worker:
+        givers = [giver for giver, taker in line.copies if taker == worker.rank]
+        if len(givers) > 1:
+            raise Violation(f"rank {worker.rank} of generation {worker.generation} is given its state by {givers}")
+        giver = worker.group.members.get(givers[0]) if givers else worker
+        assert giver is not None, "a group that is whole has all its members"
+        return giver
+
     def brought(self, worker: Worker, line: m.Line) -> str:
         """The worker comes to a line in memory. Returns what is wrong with it."""
         rank, who = worker.rank, f"rank {worker.rank} of generation {worker.generation}"
@@ -273,11 +294,7 @@ class Truth:
             if content not in worker.memory.slots:
                 raise Violation(f"{who} goes on from {attempt}, but its arena has {worker.memory.slots}")
             return ""
-        givers = [giver for giver, taker in line.copies if taker == rank]
-        if len(givers) > 1:
-            raise Violation(f"{who} is given its state by {givers}")
-        giver = worker.group.members.get(givers[0]) if givers else worker
-        assert giver is not None, "a group that is whole has all its members"
+        giver = self._giver(worker, line)
         if giver.live != line.step:
             raise Violation(f"{who} goes on from step {line.step}, but rank {giver.rank} is at {giver.live}")
         if giver is not worker and not self.world.plan.replicated:
@@ -285,6 +302,9 @@ class Truth:
         replays = rank in line.replay and self.world.plan.replays and line.step - 1 in worker.memory.box
         if line.step not in worker.memory.box and not replays:
             raise Violation(f"{who} goes on from step {line.step}, but its box has {worker.memory.box}")
+        history = worker.memory.histories.get(line.step, giver.history)
+        if rank not in line.replay and history != giver.history:
+            raise Violation(f"{who} goes on with what is its own of history {history}, and all else of {giver.history}")
         return ""
 
     def loops(self, worker: Worker, step: int) -> None:

@@ -86,6 +86,7 @@ class Plan:
     to_the_end: bool  # do not stop at the first new commit after the faults
     replicated: bool = False  # all ranks are replicas of each other
     replays: bool = True  # and can do a step again by themselves
+    peers: bool = True  # nodes keep copies of one another
 
 
 def calm(seed: int, nodes: int = 2, processes: int = 2, total_steps: int = 9, every_steps: int = 3) -> Plan:
@@ -140,6 +141,7 @@ def draw(seed: int) -> Plan:
         to_the_end=rng.random() < 0.3,
         replicated=rng.random() < 0.5,
         replays=rng.random() < 0.8,
+        peers=rng.random() < 0.7,
     )
 
 

@@ -37,14 +37,16 @@ class Memory:
     """One local rank's slots and black box, which outlive its process.
 
     A slot's content is (generation, attempt, step, rank), or "torn" while it is being written. The box has the two
-    newest boundaries.
+    newest boundaries, and of each the history that it is of: the generation in which that step was done.
     """
 
     slots: list[object] = field(default_factory=lambda: [None, None])
     box: list[int] = field(default_factory=list)
+    histories: dict[int, int] = field(default_factory=dict)
 
-    def keep(self, step: int) -> None:
+    def keep(self, step: int, history: int) -> None:
         self.box = [*[one for one in self.box if one < step][-1:], step]
+        self.histories = {one: self.histories.get(one, 0) for one in self.box} | {step: history}
 
 
 class Group:
@@ -79,6 +81,7 @@ class Worker:
         "group",
         "halted",
         "halting",
+        "history",
         "hung",
         "last_number",
         "live",
@@ -109,6 +112,7 @@ class Worker:
         self.last_number = 0  # the attempt that the last snapshot was for
         self.generation = start.generation  # that it takes part in
         self.live = -1  # the step that its tensors are of
+        self.history = 0  # the generation in which that step was done
         self.looped = False
         self.halted = False
         self.halting = False  # it will, once the snapshot that it takes is sealed
@@ -171,7 +175,8 @@ class Worker:
         self.page.phase = Phase.BOUNDARY
         self.live = step
         self.looped = True
-        self.memory.keep(step)
+        self.history = self.world.truth.history_of(self, line, resume)
+        self.memory.keep(step, self.history)
         self.world.truth.loops(self, step)
         self.say(local.WorkerLooping(step, self.page.total_steps, 0.0, generation))
         self._go_on()
@@ -261,7 +266,8 @@ class Worker:
         self.page.phase = Phase.BOUNDARY
         self.page.step += 1
         self.live = self.page.step
-        self.memory.keep(self.page.step)
+        self.history = self.generation
+        self.memory.keep(self.page.step, self.history)
         if self.world.truth.planned(self):
             shard = "all" if self.world.plan.replicated else f"rank {self.rank}"
             self.say(local.WorkerPlanned(shard, self.world.plan.replays))
@@ -296,6 +302,7 @@ class Worker:
             return
         content = (self.start.generation, number, self.page.step, self.rank)
         self.memory.slots[slot] = content
+        self.world.truth.sealed(self, m.Attempt(self.start.generation, self.page.step, number))
         if self.world.seal_fails():
             self.say(local.WorkerSealFailed(number, "a tensor could not be copied"))
         else:
