@@ -1,0 +1,61 @@
+"""`ftrain launch`: only the killed rank starts again."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+
+from launchers.job import Finished, Job, endpoint
+
+FTRAIN = [sys.executable, "-m", "ftrain.cli.main"]
+
+
+class Ftrain(Job):
+    name = "ftrain"
+    branch = "ftrain"
+    package = "ftrain"
+
+    def prepare(self) -> None:
+        super().prepare()
+        subprocess.run([*FTRAIN, "secret", str(self.path / "secret")], check=True, capture_output=True)
+
+    def commands(self) -> list[list[str]]:
+        where = [
+            "--rdzv-endpoint",
+            endpoint(),
+            "--run-dir",
+            str(self.path / "run"),
+            "--secret",
+            str(self.path / "secret"),
+        ]
+        every = ["--checkpoint-every", str(self.args.checkpoint_every), "--snapshot-every", self.args.snapshot_every]
+        common = [*FTRAIN, "launch", *self.size_flags(), *where, *every]
+        return [[*common, "--node-rank", str(node)] for node in range(self.args.nodes)]
+
+    def finished(self, rank: int) -> list[Finished]:
+        """Without rehearsals: ranks that are all new may do their first step twice, the first time for nothing.
+
+        Of two lines of one process for one step only the second counts. The newest line may be such a first one, so it
+        waits for the next to show it.
+        """
+        pairs = itertools.pairwise(self.lines(rank))
+        return [line for line, later in pairs if (line.pid, line.step) != (later.pid, later.step)]
+
+    def counted_from(self, killed_at: float) -> float:
+        """What a rank does before all are resumed is done alone, for its random numbers."""
+        seconds = self._event_seconds("resumed", killed_at)
+        return killed_at + seconds if seconds is not None else float("inf")
+
+    def stages(self, killed_at: float) -> dict[str, float]:
+        told = {"failure named": "interruption", "all ranks back in their loop": "resumed"}
+        times = {what: self._event_seconds(event, killed_at) for what, event in told.items()}
+        return {what: seconds for what, seconds in times.items() if seconds is not None}
+
+    def _event_seconds(self, event: str, killed_at: float) -> float | None:
+        """When ftrain's own story first tells of such an event after the kill."""
+        path = self.path / "run" / "events.jsonl"
+        told = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        times = [one["unix_seconds"] - killed_at for one in told if one["event"] == event]
+        return next((seconds for seconds in times if seconds > 0), None)

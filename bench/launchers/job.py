@@ -1,0 +1,234 @@
+"""One run of the script under one launcher: start it, kill a rank, see when all ranks are further, end it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import itertools
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+PATIENCE_SECONDS = 90.0
+SETTLE_STEPS = 7  # before a kill: more than one checkpoint interval of undisturbed steps
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One finished step of one rank."""
+
+    at: float
+    step: int
+    pid: int
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """One kill, in seconds after it. All ranks means the full number of them."""
+
+    first_step_seconds: float  # every rank has finished some step
+    new_step_seconds: float  # every rank has finished a step that nobody had finished before
+    redone_steps: int
+    step_seconds: float  # median of the undisturbed steps before
+    stages: dict[str, float]  # what else the launcher tells of
+
+    def __str__(self) -> str:
+        return (
+            f"new step {self.new_step_seconds:.2f} s after the kill, any step {self.first_step_seconds:.2f} s, "
+            f"{self.redone_steps} redone, a step takes {self.step_seconds:.2f} s"
+            + "".join(f"; {what} {seconds:.2f} s" for what, seconds in self.stages.items())
+        )
+
+
+class NotBackError(Exception):
+    """The run made no new step within `PATIENCE_SECONDS` of a kill."""
+
+
+class Job(ABC):
+    """One run of the script below `path`. All its processes carry its mark in their environment."""
+
+    name: ClassVar[str]
+    branch: ClassVar[str]  # of the script
+    package: ClassVar[str] = "torch"  # that must be installed
+    parallels: ClassVar[tuple[str, ...]] = ("ddp", "fsdp")
+    repeatable: ClassVar[bool] = True  # a hurt run is to end with the parameters of an unhurt one
+
+    def __init__(self, path: Path, args: argparse.Namespace, steps: int | None = None) -> None:
+        """With `steps` the script ends by itself after so many."""
+        self.path = path
+        self.args = args
+        self.steps = steps
+        self.nodes: list[subprocess.Popen[bytes]] = []
+        self.helpers: list[subprocess.Popen[bytes]] = []
+        self._mark = uuid.uuid4().hex
+
+    @classmethod
+    def why_left_out(cls, args: argparse.Namespace) -> str | None:
+        """Why it cannot be measured here, None if it can."""
+        if importlib.util.find_spec(cls.package) is None:
+            return f"{cls.package} is not installed"
+        if args.parallel not in cls.parallels:
+            return f"it has no {args.parallel.upper()} without data parallelism around it"
+        return None
+
+    @abstractmethod
+    def commands(self) -> list[list[str]]:
+        """The command of each launcher that makes up the job, without the script."""
+
+    def prepare(self) -> None:
+        """Make the folder, and what the launchers need before they start."""
+        self.path.mkdir()
+
+    def environment(self, index: int) -> dict[str, str]:
+        """What the launcher of that number has besides the benchmark's own environment."""
+        del index
+        return {}
+
+    def stages(self, killed_at: float) -> dict[str, float]:
+        """What else is known of the recovery, in seconds after the kill."""
+        del killed_at
+        return {}
+
+    def finished(self, rank: int) -> list[Finished]:
+        """The steps that a rank finished together with all others."""
+        return self.lines(rank)
+
+    def counted_from(self, killed_at: float) -> float:
+        """The time since when a finished step counts as one after the kill."""
+        return killed_at
+
+    @property
+    def world_size(self) -> int:
+        return int(self.args.nodes * self.args.ranks)
+
+    def size_flags(self) -> list[str]:
+        return ["--nnodes", str(self.args.nodes), "--nproc-per-node", str(self.args.ranks)]
+
+    def script_flags(self) -> list[str]:
+        names = ("parallel", "layers", "width", "batch", "length", "checkpoint_every")
+        flags = [word for name in names for word in (f"--{name.replace('_', '-')}", str(getattr(self.args, name)))]
+        steps = ["--steps", str(self.steps)] if self.steps is not None else []
+        return ["--records", str(self.path), *flags, *steps]
+
+    def start(self) -> None:
+        self.prepare()
+        script = [str(SCRIPTS / "small_gpt.py"), self.branch, *self.script_flags()]
+        for index, command in enumerate(self.commands()):
+            output = self.path / f"output-{index}.txt"
+            self.nodes.append(self.popen([*command, *script], output, self.environment(index)))
+
+    def popen(self, command: list[str], output: Path, more: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
+        environment = {**os.environ, "FTRAIN_BENCH_MARK": self._mark, "OMP_NUM_THREADS": "1", **(more or {})}
+        with output.open("wb") as file:
+            return subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=environment
+            )
+
+    def lines(self, rank: int, kind: str = "rank") -> list[Finished]:
+        """What the script wrote so far."""
+        path = self.path / f"{kind}-{rank}"
+        text = path.read_text() if path.exists() else ""
+        words = [line.split() for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        return [Finished(float(at), int(step), int(pid)) for at, step, pid in words]
+
+    def wait(self, condition: Callable[[], bool], what: str) -> None:
+        """Raises `NotBackError` where that takes too long or a launcher ends, with the ends of what they printed."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not condition():
+            ended = any(process.poll() is not None for process in (*self.nodes, *self.helpers))
+            if ended or time.monotonic() > deadline:
+                why = "a launcher ended before" if ended else f"waited {PATIENCE_SECONDS:.0f} s in vain for"
+                raise NotBackError(f"{why} {what}; {self._tails()}")
+            time.sleep(0.005)
+
+    def kill_last_rank(self, phase: int) -> Recovery:
+        """Kill the last rank once `phase` steps are done since a checkpoint; wait until every rank got further."""
+        every = range(self.world_size)
+        newest = [lines[-1].step if lines else 0 for lines in map(self.lines, every)]
+        settled = min(newest) + SETTLE_STEPS
+        aim = settled + (phase - settled - 1) % self.args.checkpoint_every
+        self.wait(lambda: any(line.step >= aim for line in self.lines(0)), f"step {aim}")
+        victim = self.lines(self.world_size - 1)[-1].pid
+        killed_at = time.time()
+        os.kill(victim, signal.SIGKILL)
+        lines = [line for rank in every for line in self.lines(rank)]
+        furthest = max(line.step for line in lines if line.at <= killed_at)
+        undisturbed = [line.at for line in self.lines(0) if line.at <= killed_at][-SETTLE_STEPS:]
+
+        def first_beyond(step: int) -> list[list[Finished]]:
+            """For each rank, what it finished with a number above `step`, once all were there again."""
+            since = self.counted_from(killed_at)
+            return [[done for done in self.finished(rank) if done.at > since and done.step > step] for rank in every]
+
+        self.wait(lambda: all(first_beyond(furthest)), f"a step beyond {furthest} after the kill")
+        again = first_beyond(-1)
+        return Recovery(
+            first_step_seconds=max(done[0].at for done in again) - killed_at,
+            new_step_seconds=max(done[0].at for done in first_beyond(furthest)) - killed_at,
+            redone_steps=max(0, furthest + 1 - again[-1][0].step),
+            step_seconds=statistics.median(b - a for a, b in itertools.pairwise(undisturbed)),
+            stages=self.stages(killed_at),
+        )
+
+    def final_parameters(self) -> list[str]:
+        """The digests that the ranks leave at the end of a job with `steps`."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        for node in self.nodes:
+            try:
+                status = node.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                raise NotBackError(f"waited {PATIENCE_SECONDS:.0f} s in vain for the end; {self._tails()}") from None
+            if status != 0:
+                raise NotBackError(f"a launcher ended with {status}; {self._tails()}")
+        return [(self.path / f"parameters-{rank}").read_text() for rank in range(self.world_size)]
+
+    def _tails(self) -> str:
+        outputs = sorted(self.path.glob("output-*.txt"))
+        return "the ends of the output:\n" + "\n".join(path.read_text(errors="replace")[-1500:] for path in outputs)
+
+    def stop(self) -> None:
+        """End everything that carries this job's mark, by its process id."""
+        for process in (*self.nodes, *self.helpers):
+            process.kill()
+            process.wait()
+        for _ in range(200):
+            left = self._processes()
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            if not left:
+                return
+            time.sleep(0.05)
+        sys.exit(f"processes of {self.name} cannot be ended: {left}")
+
+    def _processes(self) -> list[int]:
+        mark = f"FTRAIN_BENCH_MARK={self._mark}".encode()
+        found = []
+        for directory in Path("/proc").glob("[0-9]*"):
+            try:
+                if mark in (directory / "environ").read_bytes().split(b"\0"):
+                    found.append(int(directory.name))
+            except OSError:
+                continue
+        return found
+
+
+def endpoint() -> str:
+    return f"127.0.0.1:{free_port()}"
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return int(found.getsockname()[1])
