@@ -37,6 +37,8 @@ FROM_COORDINATOR = [
     m.Prepare(1, 2),
     m.Start(1, 2, 0, 1, 0, 2, "a", "127.0.0.1", 1, 0, 3, m.Resume(ATTEMPT, 2, 7, "0" * 64)),
     m.Stop(1, 2, "why", 1.0),
+    m.Halt(1, 2, "why"),
+    m.KillRank(1, 2, 3, 4, 5, m.Hang("it is stopped", 1.5, (0,), "train.py")),
     m.Arm(1, ATTEMPT),
     m.Abort(1, ATTEMPT, "cause"),
     m.Committed(1, ATTEMPT),
