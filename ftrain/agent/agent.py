@@ -141,7 +141,7 @@ class Agent:
         return found
 
     def _held(self) -> Mapping[int, m.Attempt]:
-        return self._state.held
+        return self._state.copied
 
     def _keeps(self, kept: tuple[m.Kept, ...]) -> None:
         self._post(node.Keeps(kept))

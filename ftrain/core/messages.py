@@ -366,6 +366,7 @@ class Arm(msgspec.Struct, frozen=True, tag="arm", tag_field="kind", forbid_unkno
     hold: bool = False
     persist: bool = True  # False: it stays in the arenas
     line: Attempt | None = None  # the newest snapshot that all ranks have sealed: its slot must stay as it is
+    copied: bool = True  # to the node's keeper; not needed where living replicas on other nodes have all of it
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort", tag_field="kind", forbid_unknown_fields=True):

@@ -33,6 +33,9 @@ def arm(turn: Turn, message: m.Arm) -> None:
         turn.send(m.ArmReply(attempt, False, -1, "it was refused, or given up, before"))
         return
     turn.set(attempt_seen=attempt.number)
+    if snapshot is not None and snapshot.hold and not snapshot.decided:
+        # Who had it held is gone, or it would have said what becomes of it.
+        turn.do(SetVerdict(snapshot.attempt, False, ranks_of(state)))
     busy = {*(slot for _, slot in state.filling.values()), *state.writing.values()}
     # What the run would go on from stays as it is until there is something newer.
     busy |= {slot for slot, held in state.held.items() if held == message.line}
@@ -46,7 +49,9 @@ def arm(turn: Turn, message: m.Arm) -> None:
         turn.send(m.ArmReply(attempt, False, -1, "an earlier snapshot is still being written"))
     else:
         held = {slot: held for slot, held in state.held.items() if slot != free[0]}
-        turn.set(snapshot=Snapshot(attempt, free[0], message.hold, message.persist), held=held)
+        copied = {slot: held for slot, held in state.copied.items() if slot != free[0]}
+        snapshot = Snapshot(attempt, free[0], message.hold, message.persist, message.copied)
+        turn.set(snapshot=snapshot, held=held, copied=copied)
         turn.do(ArmPages(attempt, free[0], message.hold, ranks_of(state)))
 
 
@@ -117,6 +122,8 @@ def sealed(turn: Turn, snapshot: Snapshot, rank: int) -> None:
     turn.set(snapshot=replace(snapshot, sealed=sealed))
     if sealed >= set(turn.state.workers):
         turn.set(held={**turn.state.held, snapshot.slot: snapshot.attempt})
+        if snapshot.copied:
+            turn.set(copied={**turn.state.copied, snapshot.slot: snapshot.attempt})
     turn.send(m.Sealed(snapshot.attempt, rank))
     if snapshot.persist:
         turn.set(writing={**turn.state.writing, (snapshot.attempt, rank): snapshot.slot})

@@ -42,6 +42,7 @@ class Snapshot:
     slot: int
     hold: bool
     persist: bool = True
+    copied: bool = True
     sealed: frozenset[int] = frozenset()
     packs: tuple[m.PackRecord, ...] = ()
     failures: tuple[m.AttemptFailed, ...] = ()
@@ -68,6 +69,7 @@ class State(msgspec.Struct, frozen=True):  # not a dataclass: it is replaced man
     watches: Mapping[int, Watch] = {}  # the living workers, as they have been seen
     snapshot: Snapshot | None = None
     held: Mapping[int, m.Attempt] = {}  # slot -> the snapshot that is sealed in it for all local ranks
+    copied: Mapping[int, m.Attempt] = {}  # those of them that a keeper is to have
     keeps: tuple[m.Kept, ...] = ()  # for another node
     attempt_seen: int = 0
     committed: int = 0  # the step of the newest commit that this node has heard of, 0 for none

@@ -152,7 +152,7 @@ def resync(turn: Turn, node: str, report: m.Report) -> None:
         turn.send(node, m.Release(state.term, state.number))  # as others were: this node's own was lost
     barrier = turn.state.barrier
     if barrier is not None and barrier.stage is commit.Stage.PROPOSED and node not in barrier.accepted:
-        turn.send(node, m.Arm(state.term, barrier.attempt, barrier.hold, barrier.persist, state.held))
+        turn.send(node, rounds.arm(turn.state, barrier))
 
 
 def stop_node(turn: Turn, node: str, generation: int, why: str) -> None:

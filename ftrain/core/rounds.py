@@ -62,7 +62,17 @@ def propose(turn: Turn) -> None:
         deadline=turn.now + state.policy.checkpoint.attempt_seconds,
     )
     turn.set(barrier=barrier, attempts=number)
-    turn.to_members(m.Arm(state.term, attempt, hold, persist, state.held))
+    turn.to_members(arm(turn.state, barrier))
+
+
+def arm(state: State, barrier: Barrier) -> m.Arm:
+    """What nodes are told of the attempt."""
+    nodes: dict[str, set[str]] = {}
+    for name in state.members:
+        for rank in state.report(name).ranks:
+            nodes.setdefault(rank.shard, set()).add(name)
+    alone = "" in nodes or any(len(names) < 2 for names in nodes.values())
+    return m.Arm(state.term, barrier.attempt, barrier.hold, barrier.persist, state.held, alone)
 
 
 def _given_way(turn: Turn, barrier: Barrier) -> bool:

@@ -274,3 +274,11 @@ def test_damage_where_nothing_can_be_passed_over_uses_up_the_budget() -> None:
     scene.report("a", exits=exits, stopped=True)
     scene.report("b", stopped=True)
     assert scene.state.budget.without_progress == 1
+
+
+def test_worker_that_was_held_for_a_coordinator_that_is_gone_goes_on() -> None:
+    scene = test_node.Scene().looping()
+    scene.say(m.Arm(1, ATTEMPT, hold=True))
+    scene.do(node.Armed(ATTEMPT, True, 4))
+    lines = scene.say(m.Arm(1, m.Attempt(1, 20, 2)))
+    assert lines == ["verdict go on", "arm 20 slot 1"]

@@ -52,7 +52,7 @@ class Peers:
 
     def take_snapshot(self, sender: Peers, slot: int, attempt: m.Attempt, start: m.Start) -> None:
         """All that was sent has come, unless the slot was wanted again meanwhile."""
-        held = sender.agent.state.held
+        held = sender.agent.state.copied
         if not (self.agent.alive and sender.agent.alive) or sender.start is not start or held.get(slot) != attempt:
             return
         for rank, worker in sorted(sender.agent.workers.items()):
@@ -87,7 +87,7 @@ class Peers:
             self.steps[rank] = max(worker.page.step, newest, *box)
             for step in keeping.boundaries_due(newest, box):
                 world.after(0.01, keeper.take_boundary, start.generation, rank, step, worker.memory.histories[step])
-        due = keeping.snapshot_due(self.snapshot, agent.state.held)
+        due = keeping.snapshot_due(self.snapshot, agent.state.copied)
         if due is not None:
             self.snapshot = due[1]
             world.after(0.5 * world.random(), keeper.take_snapshot, self, *due, start)
