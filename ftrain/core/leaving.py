@@ -77,7 +77,10 @@ def expire(turn: Turn) -> None:
     state = turn.state
     waits = state.phase is Phase.RUNNING or (state.phase in RECOVERING and (state.line or goes_on_first(state)))
     if state.drain is not None and turn.now >= state.drain.deadline and state.drain.why == REGROUP:
-        if not state.drain.decided:
+        if state.drain.decided and state.phase is Phase.RUNNING:
+            turn.set(drain=replace(state.drain, deadline=float("inf")))
+            _stop_all(turn)  # somebody has not heard that it is to end
+        elif not state.drain.decided:
             turn.log("no step could be committed to go on with more nodes; going on as it is", "warning")
             turn.set(drain=None)
     elif state.drain is not None and turn.now >= state.drain.deadline and waits:
