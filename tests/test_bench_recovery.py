@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 BENCH = Path(__file__).parents[1] / "bench"
-sys.path.insert(0, str(BENCH))
+sys.path.append(str(BENCH))  # behind the standard library, which has a module `profile` too
 
 from launchers import NotBackError  # noqa: E402
 from launchers.ftrain import Ftrain  # noqa: E402
