@@ -25,6 +25,7 @@ import torch
 
 import ftrain
 from ftrain.checkpoint import async_save as engine
+from ftrain.checkpoint import stage
 from ftrain.checkpoint import target as commits
 from ftrain.checkpoint.agreement import Plans
 from ftrain.checkpoint.job import Jobs
@@ -37,10 +38,12 @@ STEPS: list[tuple[Any, str, str, str]] = [
     (Plans, "known", "find the plan of last time", "training thread"),
     (engine._Engine, "_take_slot", "take a slot of the arena", "training thread"),
     (Stager, "begin", "look at pointers and versions, begin to copy", "training thread"),
+    (stage, "look", "of it: look where tensors lie (of 2048 and more, a thread does that later)", "training thread"),
     (Staging, "finish", "copy every byte into the arena, compare versions", "copy thread"),
     (commits.Target, "_prepare", "look whether the path is free", "writer"),
     (PosixStorage, "write_pack", "write the pack past the page cache, checksums on the way, sync", "writer"),
     (PosixStorage, "create", "create the small files (metadata, index, references, manifest), sync", "writer"),
+    (Staging, "settle", "compare versions once more, just before the commit", "writer"),
     (commits.Target, "commit", "all of the persist", "writer"),
 ]
 

@@ -2,7 +2,7 @@
 
 Measured from SIGKILL of the last rank to the moment when every rank, their number full again, has finished a step that
 no rank had finished before the kill; the steps that are done again are part of that time. Two launchers on this host
-are two nodes.
+are two nodes. Instead of a kill it may be SIGSTOP, or the loss of the last rank's whole node (`--hurt`).
 """
 
 from __future__ import annotations
@@ -16,20 +16,33 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
 from launchers import LAUNCHERS, Job, NotBackError, Recovery
-from launchers.job import PATIENCE_SECONDS
+from launchers.job import HURTS, PATIENCE_SECONDS
 
 CALM_PERCENT = 30.0
 VERIFY_STEPS = 25  # of a run that is to end, two checkpoint intervals and more after its kill
 
 
-def measure(names: list[str], args: argparse.Namespace, directory: Path) -> dict[str, list[Recovery]]:
+@dataclass
+class Outcomes:
+    """What became of the kills under one launcher."""
+
+    back: list[Recovery] = field(default_factory=list)
+    in_vain: int = 0  # no new step within `PATIENCE_SECONDS`
+
+    def seconds(self) -> list[float]:
+        """To the next new step on all ranks, where one came."""
+        return [recovery.new_step_seconds for recovery in self.back]
+
+
+def measure(names: list[str], args: argparse.Namespace, directory: Path) -> dict[str, Outcomes]:
     """Runs of each launcher in turn, up to `kills` in each, until each has had `repeats`."""
-    found: dict[str, list[Recovery]] = {name: [] for name in names}
+    found = {name: Outcomes() for name in names}
     for first in range(0, args.repeats, args.kills):
         for name in names:
             wait_for_calm(args.calm)
@@ -37,10 +50,11 @@ def measure(names: list[str], args: argparse.Namespace, directory: Path) -> dict
             try:
                 job.start()
                 for kill in range(first, min(first + args.kills, args.repeats)):
-                    recovery = job.kill_last_rank(phase=kill % args.checkpoint_every)
+                    recovery = job.hurt_last_rank(phase=kill % args.checkpoint_every)
                     print(f"{name}: {recovery} (load {os.getloadavg()[0]:.1f})", flush=True)
-                    found[name].append(recovery)
+                    found[name].back.append(recovery)
             except NotBackError as error:
+                found[name].in_vain += job.is_hurt
                 print(f"{name}: {error}", flush=True)
             finally:
                 job.stop()
@@ -64,7 +78,7 @@ def ended(job: Job, kill: bool) -> list[str]:
     try:
         job.start()
         if kill:
-            job.kill_last_rank(phase=0)
+            job.hurt_last_rank(phase=0)
         return job.final_parameters()
     finally:
         job.stop()
@@ -77,44 +91,63 @@ def wait_for_calm(seconds_max: float) -> None:
         pass
 
 
-def table(found: dict[str, list[Recovery]], args: argparse.Namespace) -> str:
+def table(found: dict[str, Outcomes], args: argparse.Namespace) -> str:
     """Markdown: a row for each launcher, and what share of the others' time ftrain takes."""
+    what = HURTS[args.hurt]
     rows = [
-        "| nodes x ranks | launcher | kills | kill to new step on all | kill to any step on all | redone | step |",
+        f"| nodes x ranks | launcher | back | {what} to new step on all | {what} to any step on all | redone | step |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, own in found.items():
         columns = (
             f"{args.nodes} x {args.ranks}, {args.parallel.upper()}",
             name,
-            f"{len(own)} of {args.repeats}",
-            spread([recovery.new_step_seconds for recovery in own]),
-            spread([recovery.first_step_seconds for recovery in own]),
-            f"{statistics.mean(recovery.redone_steps for recovery in own):.1f}" if own else "-",
-            f"{statistics.median(recovery.step_seconds for recovery in own):.2f} s" if own else "-",
+            f"{len(own.back)} of {len(own.back) + own.in_vain}",
+            spread(own.seconds()),
+            spread([recovery.first_step_seconds for recovery in own.back]),
+            f"{statistics.mean(recovery.redone_steps for recovery in own.back):.1f}" if own.back else "-",
+            f"{statistics.median(recovery.step_seconds for recovery in own.back):.2f} s" if own.back else "-",
         )
         rows.append(f"| {' | '.join(columns)} |")
-    bound = f"A kill is counted only if a new step came within {PATIENCE_SECONDS:.0f} s."
-    return "\n".join([*rows, "", " ".join([*comparisons(found), bound]), *stages(found)])
+    return "\n".join([*rows, "", *comparisons(found), *stages(found)])
 
 
-def comparisons(found: dict[str, list[Recovery]]) -> list[str]:
-    medians = {name: statistics.median(one.new_step_seconds for one in own) for name, own in found.items() if own}
-    ours = medians.pop("ftrain", None)
-    if ours is None or not medians:
-        return ["ftrain or all others never came back after a kill, or were left out: nothing to compare."]
-    shares = [f"{ours / theirs:.3f} of {name}'s (1/{theirs / ours:.1f})" for name, theirs in medians.items()]
-    return [f"To the next new step ftrain takes this share of the others' time: {', '.join(shares)}."]
+def comparisons(found: dict[str, Outcomes]) -> list[str]:
+    """Of medians: over what came back, and, where that was not all, over everything."""
+    ours = found.get("ftrain")
+    others = {name: own for name, own in found.items() if name != "ftrain"}
+    if ours is None or not ours.back or not others:
+        return []
+    own = statistics.median(ours.seconds())
+    medians = {name: statistics.median(other.seconds()) for name, other in others.items() if other.back}
+    shares = [f"{own / theirs:.3f} of {name}'s (1/{theirs / own:.1f})" for name, theirs in medians.items()]
+    lines = (
+        [f"To the next new step ftrain takes this share of the others' time: {', '.join(shares)}."] if shares else []
+    )
+    if any(outcomes.in_vain for outcomes in found.values()):
+        bound = PATIENCE_SECONDS
+        every = {name: one.seconds() + one.in_vain * [bound] for name, one in found.items()}
+        own = statistics.median(every.pop("ftrain"))
+        shares = [
+            f"{own / (theirs := statistics.median(all_of)):.3f} (1/{theirs / own:.1f}) of {name}'s"
+            for name, all_of in every.items()
+        ]
+        lines.append(
+            f"That leaves out who was not back within {bound:.0f} s. Counted as {bound:.0f} s: {', '.join(shares)}."
+        )
+    return lines
 
 
-def stages(found: dict[str, list[Recovery]]) -> list[str]:
+def stages(found: dict[str, Outcomes]) -> list[str]:
     """What else the launchers told, a line for each that did."""
     lines = []
     for name, own in found.items():
-        told = dict.fromkeys(what for recovery in own for what in recovery.stages)
+        told = dict.fromkeys(what for recovery in own.back for what in recovery.stages)
         if told:
-            spreads = (f"{what} {spread([one.stages[what] for one in own if what in one.stages])}" for what in told)
-            lines.append(f"{name} after the kill: {'; '.join(spreads)}.")
+            spreads = (
+                f"{what} {spread([one.stages[what] for one in own.back if what in one.stages])}" for what in told
+            )
+            lines.append(f"{name} after that: {'; '.join(spreads)}.")
     return lines
 
 
@@ -151,6 +184,9 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=1, help="on each node")
     parser.add_argument("--repeats", type=int, default=5, help="kills under each launcher; 0 with --verify alone")
     parser.add_argument("--kills", type=int, default=2, help="of them in one run, before the launchers take turns")
+    parser.add_argument(
+        "--hurt", choices=tuple(HURTS), default="kill", help="the last rank, or its node where a spare one waits"
+    )
     parser.add_argument("--verify", action="store_true", help="compare final parameters too: two more runs of each")
     parser.add_argument(
         "--calm", type=float, default=0.0, help="wait so many seconds for others to leave the machine idle"
@@ -166,6 +202,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that nothing is left behind
     if args.nodes * args.ranks < 2:
         parser.error("one rank alone has no peers to wait for: give at least two, --nodes 2 --ranks 1")
+    if args.hurt == "node":
+        args.kills = 1  # for one spare node waits in each run
     names = present(args)
     machine = f"{os.cpu_count()} CPUs ({platform.machine()}), {versions(names)}"
     print(f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {machine}, load {os.getloadavg()[0]:.1f}", flush=True)

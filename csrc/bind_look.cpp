@@ -4,13 +4,19 @@
 // what comes next is fetched ahead, a tensor's own memory by where its shape was the last time. That may be wrong by now; a
 // prefetch of any address does no harm.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdint>
+#include <optional>
 #include <stdexcept>
+#include <thread>
 #include <utility>
 #include <vector>
 
+#include "anatomy.hpp"
 #include "bindings.hpp"
 #include "dlpack.hpp"
 
@@ -21,8 +27,9 @@ namespace ftrain {
 
 namespace {
 
-constexpr std::size_t AHEAD = 12;  // tensors
+constexpr std::size_t AHEAD = 16;  // tensors
 constexpr std::ptrdiff_t LINE_BYTES = 64;
+constexpr auto REST = std::chrono::microseconds(20);  // long enough for another thread to take the interpreter
 
 // Element after element, in C order.
 bool is_contiguous(const dlpack::Tensor& tensor) {
@@ -42,7 +49,11 @@ bool is_contiguous(const dlpack::Tensor& tensor) {
 
 class Look {
 public:
-    explicit Look(std::size_t tensors) {
+    Look(std::size_t tensors, const Anatomy* anatomy) {
+        if (anatomy != nullptr) {
+            anatomy_ = *anatomy;
+            roots_.reserve(tensors);
+        }
         objects_.reserve(tensors);
         places_.reserve(tensors);
         shapes_.reserve(tensors);
@@ -59,6 +70,10 @@ public:
         if (tensor.strides != nullptr) {
             extents_.insert(extents_.end(), tensor.strides, tensor.strides + tensor.dimensions);
         }
+        if (anatomy_.has_value()) {
+            const std::uintptr_t implementation = anatomy_->implementation_of(object);
+            roots_.push_back({implementation, anatomy_->counter_of(implementation), anatomy_->identity_of(implementation)});
+        }
     }
 
     bool operator==(const Look& other) const { return places_ == other.places_ && extents_ == other.extents_; }
@@ -74,7 +89,33 @@ public:
         return found;
     }
 
-    void prefetch(std::size_t tensor) const {
+    const std::optional<Anatomy>& anatomy() const { return anatomy_; }
+    std::size_t size() const { return objects_.size(); }
+
+    // The version of a tensor that is the same object with the same memory and counter as then; -1 where it is not.
+    std::int64_t version_if_same(std::size_t tensor, const PyObject* object) const {
+        if (object != objects_[tensor]) {
+            return -1;
+        }
+        const std::uintptr_t implementation = anatomy_->implementation_of(object);
+        if (implementation != roots_[tensor].implementation || anatomy_->identity_of(implementation) != roots_[tensor].identity) {
+            return -1;
+        }
+        const std::uintptr_t counter = anatomy_->counter_of(implementation);
+        return counter == 0 ? -1 : std::int64_t{anatomy_->version_of(counter)};
+    }
+
+    // What reading its version will need. Both are inlined always: a call without any effect but a prefetch is left out.
+    [[gnu::always_inline]] void prefetch_version(std::size_t tensor) const {
+        if (tensor < roots_.size()) {
+            __builtin_prefetch(objects_[tensor], 1);  // its references are about to be counted
+            __builtin_prefetch(reinterpret_cast<const void*>(roots_[tensor].implementation + Anatomy::FIRST_MEMBER));
+            __builtin_prefetch(reinterpret_cast<const void*>(roots_[tensor].implementation + anatomy_->counter));
+            __builtin_prefetch(reinterpret_cast<const void*>(roots_[tensor].counter + anatomy_->version));
+        }
+    }
+
+    [[gnu::always_inline]] void prefetch(std::size_t tensor) const {
         if (tensor < shapes_.size()) {
             for (std::ptrdiff_t line = -2; line <= 1; ++line) {
                 __builtin_prefetch(shapes_[tensor] + line * LINE_BYTES);
@@ -91,32 +132,48 @@ private:
         bool operator==(const Place&) const = default;
     };
 
+    struct Root {
+        std::uintptr_t implementation;
+        std::uintptr_t counter;
+        std::uint64_t identity;
+    };
+
     std::vector<const PyObject*> objects_;  // not held: only to be compared
+    std::vector<Root> roots_;               // where the anatomy is known: not held, either
+    std::optional<Anatomy> anatomy_;
     std::vector<const char*> shapes_;       // where a tensor has them: only to be fetched ahead
     std::vector<Place> places_;
     std::vector<std::int64_t> extents_;  // shape and strides, of all tensors in a row
     bool all_in_host_memory_ = true;
 };
 
-// Calls `visit` with each object of the list until it answers false. It must not change the list.
-template <class Visit>
-bool visit_all(const nb::list& tensors, const Look* before, Visit visit) {
+// Calls `visit` with each object of the list until it answers false. The list must not change.
+template <class Prefetch, class Visit>
+bool visit_all(const nb::list& tensors, Prefetch prefetch, Visit visit) {
     const std::size_t count = tensors.size();
     for (std::size_t i = 0; i < count; ++i) {
         if (i + AHEAD < count) {
-            __builtin_prefetch(PyList_GET_ITEM(tensors.ptr(), i + AHEAD));
-            if (before != nullptr) {
-                before->prefetch(i + AHEAD);
-            }
+            prefetch(i + AHEAD);
         }
-        if (!visit(PyList_GET_ITEM(tensors.ptr(), i))) {
+        if (!visit(i, PyList_GET_ITEM(tensors.ptr(), i))) {
             return false;
         }
     }
     return true;
 }
 
-nb::object look(const nb::list& tensors, const nb::tuple& kinds, nb::handle capsule, const Look* before) {
+bool is_one_of(const nb::tuple& kinds, const PyObject* object) {
+    const auto* kind = reinterpret_cast<const PyObject*>(Py_TYPE(object));
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(kinds.ptr()); ++i) {
+        if (PyTuple_GET_ITEM(kinds.ptr(), i) == kind) {
+            return true;
+        }
+    }
+    return false;
+}
+
+nb::object look(const nb::list& tensors, const nb::tuple& kinds, nb::handle capsule, const Look* before, const Anatomy* anatomy,
+                std::size_t at_a_time) {
     const auto* exchange = static_cast<const dlpack::Exchange*>(PyCapsule_GetPointer(capsule.ptr(), dlpack::CAPSULE));
     if (exchange == nullptr) {
         throw nb::python_error();
@@ -124,13 +181,33 @@ nb::object look(const nb::list& tensors, const nb::tuple& kinds, nb::handle caps
     if (exchange->major != dlpack::MAJOR || exchange->from_python == nullptr) {
         return nb::none();
     }
-    Look found(tensors.size());
-    const bool all = visit_all(tensors, before, [&](PyObject* tensor) {
-        const auto* kind = reinterpret_cast<const PyObject*>(Py_TYPE(tensor));
-        if (std::none_of(kinds.begin(), kinds.end(), [&](nb::handle one) { return one.ptr() == kind; })) {
-            return false;
+    Look found(tensors.size(), anatomy);
+    const auto prefetch = [&](std::size_t next) {
+        __builtin_prefetch(PyList_GET_ITEM(tensors.ptr(), next));
+        if (before != nullptr) {
+            before->prefetch(next);
+        } else if (anatomy != nullptr) {
+            // The object itself was fetched a while ago.
+            const std::size_t further = std::min(next + AHEAD, tensors.size() - 1);
+            __builtin_prefetch(PyList_GET_ITEM(tensors.ptr(), further));
+            const PyObject* object = PyList_GET_ITEM(tensors.ptr(), next);
+            if (is_one_of(kinds, object)) {
+                const auto* implementation = reinterpret_cast<const char*>(anatomy->implementation_of(object));
+                for (std::ptrdiff_t line = 0; line <= 2; ++line) {
+                    __builtin_prefetch(implementation + line * LINE_BYTES);
+                }
+            }
+        }
+    };
+    const bool all = visit_all(tensors, prefetch, [&](std::size_t number, PyObject* tensor) {
+        if (at_a_time != 0 && number % at_a_time == at_a_time - 1) {
+            nb::gil_scoped_release no_gil;
+            std::this_thread::sleep_for(REST);
         }
         dlpack::Tensor described{};
+        if (!is_one_of(kinds, tensor)) {
+            return false;
+        }
         if (exchange->from_python(tensor, &described) != 0) {
             PyErr_Clear();
             return false;
@@ -146,22 +223,100 @@ nb::bytes bytes_of(const std::vector<Word>& words) {
     return nb::bytes(words.data(), words.size() * sizeof(Word));
 }
 
-nb::bytes counters(const nb::list& objects, nb::handle descriptor, const Look* before) {
+nb::bytes counters(const nb::list& objects, nb::handle descriptor, const Look* before, const Anatomy* anatomy) {
     if (Py_TYPE(descriptor.ptr()) != &PyGetSetDescr_Type) {
         throw nb::type_error("counters: not the descriptor of an attribute that is computed");
     }
     const auto* attribute = reinterpret_cast<const PyGetSetDescrObject*>(descriptor.ptr());
     std::vector<std::int64_t> found;
     found.reserve(objects.size());
-    visit_all(objects, before, [&](PyObject* object) {
+    const auto prefetch = [&](std::size_t next) {
+        if (before != nullptr && anatomy != nullptr) {
+            before->prefetch_version(next);
+        } else if (before != nullptr) {
+            before->prefetch(next);
+        }
+    };
+    visit_all(objects, prefetch, [&](std::size_t, PyObject* object) {
         if (PyObject_TypeCheck(object, attribute->d_common.d_type) == 0) {
             throw nb::type_error("counters: an object has another type than the attribute is for");
+        }
+        const std::uintptr_t implementation = anatomy == nullptr ? 0 : anatomy->implementation_of(object);
+        const std::uintptr_t counter = implementation == 0 ? 0 : anatomy->counter_of(implementation);
+        if (counter != 0) {
+            found.push_back(anatomy->version_of(counter));
+            return true;
         }
         const nb::object value = nb::steal(nb::detail::raise_if_null(attribute->d_getset->get(object, attribute->d_getset->closure)));
         found.push_back(nb::cast<std::int64_t>(value));
         return true;
     });
     return bytes_of(found);
+}
+
+// Goes through the dicts in their order: (the tensors, their versions) where keys and tensors are those of the look.
+nb::object recall(const Look& before, const nb::list& dicts, const nb::list& keys, const nb::tuple& kinds) {
+    const std::size_t count = before.size();
+    if (!before.anatomy().has_value() || keys.size() != count) {
+        return nb::none();
+    }
+    const nb::object found = nb::steal(nb::detail::raise_if_null(PyList_New(static_cast<Py_ssize_t>(count))));
+    const nb::object words = nb::steal(
+        nb::detail::raise_if_null(PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(count * sizeof(std::int64_t)))));
+    auto* versions = reinterpret_cast<std::int64_t*>(PyBytes_AS_STRING(words.ptr()));
+    std::size_t number = 0;
+    for (const nb::handle dict : dicts) {
+        if (PyDict_Check(dict.ptr()) == 0) {
+            return nb::none();
+        }
+        Py_ssize_t place = 0;
+        PyObject* key = nullptr;
+        PyObject* tensor = nullptr;
+        while (PyDict_Next(dict.ptr(), &place, &key, &tensor) != 0) {
+            before.prefetch_version(number + AHEAD);
+            if (number == count || key != PyList_GET_ITEM(keys.ptr(), number) || !is_one_of(kinds, tensor)) {
+                return nb::none();
+            }
+            const std::int64_t version = before.version_if_same(number, tensor);
+            if (version < 0) {
+                return nb::none();
+            }
+            versions[number] = version;
+            Py_INCREF(tensor);
+            PyList_SET_ITEM(found.ptr(), static_cast<Py_ssize_t>(number), tensor);
+            ++number;
+        }
+    }
+    return number == count ? nb::object(nb::make_tuple(found, words)) : nb::none();
+}
+
+// The versions of these tensors where they are those of the look.
+nb::object versions_if_same(const Look& before, const nb::list& tensors) {
+    if (!before.anatomy().has_value() || tensors.size() != before.size()) {
+        return nb::none();
+    }
+    std::vector<std::int64_t> found;
+    found.reserve(before.size());
+    const bool all = visit_all(tensors, [&](std::size_t next) { before.prefetch_version(next); },
+                               [&](std::size_t number, const PyObject* tensor) {
+                                   found.push_back(before.version_if_same(number, tensor));
+                                   return found.back() >= 0;
+                               });
+    return all ? nb::object(bytes_of(found)) : nb::none();
+}
+
+std::optional<Anatomy> find_anatomy(const nb::list& tensors, const std::vector<std::uintptr_t>& implementations,
+                                    const std::vector<std::uint32_t>& versions) {
+    if (tensors.size() != implementations.size() || tensors.size() != versions.size()) {
+        throw std::invalid_argument("find_anatomy: the lists differ in length");
+    }
+    std::vector<Specimen> specimens;
+    for (std::size_t i = 0; i < versions.size(); ++i) {
+        const PyObject* object = PyList_GET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i));
+        specimens.push_back({reinterpret_cast<std::uintptr_t>(object), static_cast<std::size_t>(Py_TYPE(object)->tp_basicsize),
+                             implementations[i], versions[i]});
+    }
+    return dissect(specimens);
 }
 
 }  // namespace
@@ -171,9 +326,14 @@ void bind_look(nb::module_& m) {
         .def("__eq__", [](const Look& self, const Look& other) { return self == other; }, nb::is_operator())
         .def("is_of", &Look::is_of, "other"_a)
         .def_prop_ro("all_in_host_memory", &Look::all_in_host_memory)
-        .def("addresses", [](const Look& self) { return bytes_of(self.addresses()); });
-    m.def("look", &look, "tensors"_a, "kinds"_a, "exchange"_a, "before"_a.none() = nb::none());
-    m.def("counters", &counters, "objects"_a, "descriptor"_a, "before"_a.none() = nb::none());
+        .def("addresses", [](const Look& self) { return bytes_of(self.addresses()); })
+        .def("recall", &recall, "dicts"_a, "keys"_a, "kinds"_a)
+        .def("versions", &versions_if_same, "tensors"_a);
+    nb::class_<Anatomy>(m, "Anatomy");
+    m.def("find_anatomy", &find_anatomy, "tensors"_a, "implementations"_a, "versions"_a);
+    m.def("look", &look, "tensors"_a, "kinds"_a, "exchange"_a, "before"_a.none() = nb::none(), "anatomy"_a.none() = nb::none(),
+          "at_a_time"_a = 0);
+    m.def("counters", &counters, "objects"_a, "descriptor"_a, "before"_a.none() = nb::none(), "anatomy"_a.none() = nb::none());
 }
 
 }  // namespace ftrain

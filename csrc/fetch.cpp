@@ -60,7 +60,10 @@ Plan make_plan(std::span<const Wanted> wanted, std::size_t block_bytes) {
     std::vector<std::size_t> order(wanted.size());
     std::iota(order.begin(), order.end(), std::size_t{0});
     const auto place = [&](std::size_t i) { return std::pair(wanted[i].file, wanted[i].offset); };
-    std::sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return place(a) < place(b); });
+    const auto comes_before = [&](std::size_t a, std::size_t b) { return place(a) < place(b); };
+    if (!std::is_sorted(order.begin(), order.end(), comes_before)) {
+        std::sort(order.begin(), order.end(), comes_before);
+    }
     Plan plan;
     plan.parts.reserve(wanted.size());
     for (const std::size_t index : order) {
@@ -134,7 +137,8 @@ public:
         Joiner joiner;
         // The parts of a range stand in their order: it was cut from its beginning to its end.
         for (const Part& part : plan_.parts) {
-            sums[part.wanted] = joiner.join(sums[part.wanted], part.sum, part.nbytes);
+            std::uint32_t& sum = sums[part.wanted];
+            sum = part.within == 0 ? part.sum : joiner.join(sum, part.sum, part.nbytes);
         }
         std::vector<std::size_t> found;
         for (std::size_t i = 0; i < wanted_.size(); ++i) {

@@ -216,4 +216,5 @@ NB_MODULE(_native, m) {
     ftrain::bind_look(m);
     m.def("set_parent_death_signal", &ftrain::set_parent_death_signal, "signum"_a);
     m.def("set_child_subreaper", &ftrain::set_child_subreaper, "on"_a);
+    m.def("leave_sigterm_to_parent", &ftrain::leave_sigterm_to_parent);
 }

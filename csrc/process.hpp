@@ -10,4 +10,8 @@ void set_parent_death_signal(int signum);
 // Orphans among our descendants become our children, so that none escapes.
 void set_child_subreaper(bool on);
 
+// SIGTERM ends the calling process, with code 0, only where its parent or the process itself sent it; that of anybody
+// else, as to all processes of a job at once, is the parent's to answer. A program that is executed gets the default.
+void leave_sigterm_to_parent();
+
 }  // namespace ftrain

@@ -10,12 +10,14 @@ from ftrain.errors import FtrainError, Preempted
 if TYPE_CHECKING:
     from ftrain.checkpoint.async_save import Saving, async_save
     from ftrain.checkpoint.load import load
+    from ftrain.checkpoint.loaded import Loaded
     from ftrain.checkpoint.save import save
     from ftrain.worker import Run, Step, join
 
 __version__ = "0.1.0"
 __all__ = [
     "FtrainError",
+    "Loaded",
     "Preempted",
     "Run",
     "Saving",
@@ -28,6 +30,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Loaded": "ftrain.checkpoint.loaded",
     "Run": "ftrain.worker",
     "Saving": "ftrain.checkpoint.async_save",
     "Step": "ftrain.worker",

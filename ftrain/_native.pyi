@@ -88,6 +88,9 @@ def set_parent_death_signal(signum: int) -> None:
 def set_child_subreaper(on: bool) -> None:
     """Whether orphaned descendants become children of this process."""
 
+def leave_sigterm_to_parent() -> None:
+    """SIGTERM ends this process, with code 0, only where its parent or the process itself sent it."""
+
 class CopyPlan:
     """Copies that are made again and again, as columns of 64-bit words such as `array("Q")`.
 
@@ -128,17 +131,46 @@ class Look:
     def addresses(self) -> bytes:
         """Where the tensors are, as unsigned 64-bit words."""
 
-def look(tensors: list[Any], kinds: tuple[type, ...], exchange: object, before: Look | None = None) -> Look | None:
+    def recall(
+        self, dicts: list[dict[Any, Any]], keys: list[Any], kinds: tuple[type, ...]
+    ) -> tuple[list[Any], bytes] | None:
+        """The values of these dicts and their versions, as signed 64-bit words, where they are the tensors looked at.
+
+        None where a key or a value is another object, a value has another memory or counter or a type that is not among
+        `kinds`, or where the look knew no anatomy.
+        """
+
+    def versions(self, tensors: list[Any]) -> bytes | None:
+        """As `recall` does, of tensors that the caller holds."""
+
+class Anatomy:
+    """Where torch keeps what tells a tensor's memory and how often it was changed."""
+
+def find_anatomy(tensors: list[Any], implementations: list[int], versions: list[int]) -> Anatomy | None:
+    """Found by examining tensors of different versions, whose implementations are at these addresses."""
+
+def look(
+    tensors: list[Any],
+    kinds: tuple[type, ...],
+    exchange: object,
+    before: Look | None = None,
+    anatomy: Anatomy | None = None,
+    at_a_time: int = 0,
+) -> Look | None:
     """A look at tensors whose types are among `kinds`, of which `exchange` is the `__dlpack_c_exchange_api__`.
 
     None where one is of another type or of complex numbers, where the exchange refuses one, or where it is of another
-    version. Quicker with an earlier look at the same tensors.
+    version. Quicker with an earlier look at the same tensors. After so many `at_a_time` (0: never) it lets the GIL go
+    for a moment: the list is not to change meanwhile.
     """
 
-def counters(objects: list[Any], descriptor: object, before: Look | None = None) -> bytes:
+def counters(
+    objects: list[Any], descriptor: object, before: Look | None = None, anatomy: Anatomy | None = None
+) -> bytes:
     """An attribute of each object, as signed 64-bit words; `descriptor` is the attribute in their class.
 
     TypeError where it is another kind of descriptor or of other objects. Quicker with an earlier look at the objects.
+    With an anatomy the attribute is the version, and not asked where the counter is found.
     """
 
 class Pack:

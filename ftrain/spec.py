@@ -59,7 +59,7 @@ class JobSpec:
     program: Program
     topology: Topology
     run_id: str
-    run_dir: Path
+    run_dir: Path  # on this node: logs, events, the secret
     output: Output
     directory: Path = Path()  # where workers start
     secret_path: Path | None = None
@@ -73,6 +73,13 @@ class JobSpec:
     stop_grace_seconds: float = STOP_GRACE_SECONDS
     peer_copies: bool = True  # nodes keep copies of one another's snapshots and private state
     environment: dict[str, str] = field(default_factory=dict)
+    persist_bytes_per_second_max: int = 0  # that this node's ranks together write to storage; 0 for no bound
+    store_url: str = ""  # of the journal and the checkpoints, where they are not in the run directory
+
+    @property
+    def storage(self) -> str:
+        """What `open_storage` takes: all nodes see the same there."""
+        return self.store_url or str(self.run_dir)
 
     @property
     def digest(self) -> str:

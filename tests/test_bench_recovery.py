@@ -14,10 +14,11 @@ import pytest
 BENCH = Path(__file__).parents[1] / "bench"
 sys.path.append(str(BENCH))  # behind the standard library, which has a module `profile` too
 
-from launchers import NotBackError  # noqa: E402
+from launchers import NotBackError, Recovery  # noqa: E402
 from launchers.ftrain import Ftrain  # noqa: E402
 from launchers.job import SETTLE_STEPS, Job  # noqa: E402
 from launchers.torchft import Torchft  # noqa: E402
+from recovery import Outcomes, comparisons  # noqa: E402
 
 # A new process begins at step 0, as without a checkpoint.
 RANK = """
@@ -48,7 +49,7 @@ class GivenUp(Loops):
 
 def arguments() -> argparse.Namespace:
     model = {"parallel": "ddp", "layers": 1, "width": 64, "batch": 1, "length": 8}
-    return argparse.Namespace(nodes=2, ranks=1, checkpoint_every=5, snapshot_every="1", **model)
+    return argparse.Namespace(nodes=2, ranks=1, checkpoint_every=5, snapshot_every="1", hurt="kill", **model)
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ def alive(pid: int) -> bool:
 
 
 def test_a_killed_rank_is_back_when_every_rank_has_a_new_step(loops: Loops) -> None:
-    recovery = loops.kill_last_rank(phase=2)
+    recovery = loops.hurt_last_rank(phase=2)
     survivor, victim = ({line.pid for line in loops.lines(rank)} for rank in range(2))
     assert (len(survivor), len(victim)) == (1, 2)
     assert 0 < recovery.first_step_seconds < recovery.new_step_seconds
@@ -83,7 +84,7 @@ def test_a_launcher_that_gives_up_is_no_recovery(tmp_path: Path) -> None:
     try:
         job.start()
         with pytest.raises(NotBackError, match="a launcher ended before a step beyond"):
-            job.kill_last_rank(phase=0)
+            job.hurt_last_rank(phase=0)
     finally:
         job.stop()
 
@@ -100,6 +101,17 @@ def test_steps_with_fewer_ranks_are_told_apart(tmp_path: Path) -> None:
     assert [line.step for line in job.finished(0)] == [4, 8]
     assert job.stages(killed_at=12.0) == {"a new step on the fewer ranks left": 1.5}
     assert job.stages(killed_at=15.0) == {}
+
+
+def test_kills_in_vain_count_as_the_time_that_was_waited() -> None:
+    def back(seconds: float) -> Recovery:
+        return Recovery(seconds, seconds, 0, 0.1, {})
+
+    found = {"torchrun": Outcomes([back(8.0)], in_vain=2), "ftrain": Outcomes([back(1.0)])}
+    left_out, counted = comparisons(found)
+    assert "0.125 of torchrun's (1/8.0)" in left_out
+    assert "Counted as 90 s: 0.011 (1/90.0) of torchrun's" in counted
+    assert comparisons({"ftrain": Outcomes([back(1.0)])}) == []
 
 
 def test_a_launcher_that_cannot_run_is_left_out_with_one_line(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ class Ftrain(Job):
     name = "ftrain"
     branch = "ftrain"
     package = "ftrain"
+    hurts = ("kill", "stop", "node")
 
     def prepare(self) -> None:
         super().prepare()
@@ -32,7 +33,8 @@ class Ftrain(Job):
         ]
         every = ["--checkpoint-every", str(self.args.checkpoint_every), "--snapshot-every", self.args.snapshot_every]
         common = [*FTRAIN, "launch", *self.size_flags(), *where, *every]
-        return [[*common, "--node-rank", str(node)] for node in range(self.args.nodes)]
+        spare = [common] if self.args.hurt == "node" else []
+        return [*([*common, "--node-rank", str(node)] for node in range(self.args.nodes)), *spare]
 
     def finished(self, rank: int) -> list[Finished]:
         """Without rehearsals: ranks that are all new may do their first step twice, the first time for nothing.

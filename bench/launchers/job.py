@@ -22,6 +22,7 @@ from typing import ClassVar
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 PATIENCE_SECONDS = 90.0
+HURTS = {"kill": "kill", "stop": "stop", "node": "loss of the node"}  # as a table names them
 SETTLE_STEPS = 7  # before a kill: more than one checkpoint interval of undisturbed steps
 
 
@@ -63,6 +64,7 @@ class Job(ABC):
     branch: ClassVar[str]  # of the script
     package: ClassVar[str] = "torch"  # that must be installed
     parallels: ClassVar[tuple[str, ...]] = ("ddp", "fsdp")
+    hurts: ClassVar[tuple[str, ...]] = ("kill",)  # that it is measured under
     repeatable: ClassVar[bool] = True  # a hurt run is to end with the parameters of an unhurt one
 
     def __init__(self, path: Path, args: argparse.Namespace, steps: int | None = None) -> None:
@@ -72,6 +74,8 @@ class Job(ABC):
         self.steps = steps
         self.nodes: list[subprocess.Popen[bytes]] = []
         self.helpers: list[subprocess.Popen[bytes]] = []
+        self.is_hurt = False
+        self._lost: subprocess.Popen[bytes] | None = None  # the launcher of a node that was killed
         self._mark = uuid.uuid4().hex
 
     @classmethod
@@ -81,6 +85,8 @@ class Job(ABC):
             return f"{cls.package} is not installed"
         if args.parallel not in cls.parallels:
             return f"it has no {args.parallel.upper()} without data parallelism around it"
+        if args.hurt not in cls.hurts:
+            return f"it has nothing with its defaults that ends the wait after a {HURTS[args.hurt]} in minutes"
         return None
 
     @abstractmethod
@@ -147,14 +153,15 @@ class Job(ABC):
         """Raises `NotBackError` where that takes too long or a launcher ends, with the ends of what they printed."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         while not condition():
-            ended = any(process.poll() is not None for process in (*self.nodes, *self.helpers))
+            running = [node for node in self.nodes if node is not self._lost]
+            ended = any(process.poll() is not None for process in (*running, *self.helpers))
             if ended or time.monotonic() > deadline:
                 why = "a launcher ended before" if ended else f"waited {PATIENCE_SECONDS:.0f} s in vain for"
                 raise NotBackError(f"{why} {what}; {self._tails()}")
             time.sleep(0.005)
 
-    def kill_last_rank(self, phase: int) -> Recovery:
-        """Kill the last rank once `phase` steps are done since a checkpoint; wait until every rank got further."""
+    def hurt_last_rank(self, phase: int) -> Recovery:
+        """Hurt the last rank once `phase` steps are done since a checkpoint; wait until every rank got further."""
         every = range(self.world_size)
         newest = [lines[-1].step if lines else 0 for lines in map(self.lines, every)]
         settled = min(newest) + SETTLE_STEPS
@@ -162,7 +169,7 @@ class Job(ABC):
         self.wait(lambda: any(line.step >= aim for line in self.lines(0)), f"step {aim}")
         victim = self.lines(self.world_size - 1)[-1].pid
         killed_at = time.time()
-        os.kill(victim, signal.SIGKILL)
+        self._hurt(victim)
         lines = [line for rank in every for line in self.lines(rank)]
         furthest = max(line.step for line in lines if line.at <= killed_at)
         undisturbed = [line.at for line in self.lines(0) if line.at <= killed_at][-SETTLE_STEPS:]
@@ -181,6 +188,13 @@ class Job(ABC):
             step_seconds=statistics.median(b - a for a, b in itertools.pairwise(undisturbed)),
             stages=self.stages(killed_at),
         )
+
+    def _hurt(self, victim: int) -> None:
+        self.is_hurt = True
+        if self.args.hurt == "node":
+            self._lost = self.nodes[self.args.nodes - 1]
+            self._lost.kill()
+        os.kill(victim, signal.SIGSTOP if self.args.hurt == "stop" else signal.SIGKILL)
 
     def final_parameters(self) -> list[str]:
         """The digests that the ranks leave at the end of a job with `steps`."""

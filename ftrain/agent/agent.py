@@ -72,7 +72,7 @@ class Agent:
         self._forks = 0  # under way
         self._ended_early: dict[int, tuple[int, int]] = {}  # pid -> code and signal
         self._tasks: set[asyncio.Task[None]] = set()
-        self._saver = Saver(storage, spec.topology.processes, self._saved)
+        self._saver = Saver(storage, spec.topology.processes, self._saved, spec.persist_bytes_per_second_max)
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._post, node.Signalled(signal.Signals(number).name))
         self._nursery = self._new_nursery()
@@ -103,7 +103,7 @@ class Agent:
     def _new_nursery(self) -> Nursery:
         nursery = Nursery(self._ended, self._nursery_died)
         modules = environment.preload(self._spec.program)
-        nursery.start(modules, environment.base(self._spec), str(self._spec.directory))
+        nursery.start(modules, environment.base(self._spec, self._state.hello.address), str(self._spec.directory))
         return nursery
 
     # ------------------------------------------------------------------------------------------------------ events in
@@ -264,8 +264,8 @@ class Agent:
             case node.ReleasePages(ranks):
                 for rank in ranks:
                     pages.release(self._workers[rank].page)
-            case node.Persist(attempt, rank, slot):
-                self._saver.save(attempt, rank, self._workers[rank].memory.arena, slot)
+            case node.Persist(attempt, rank, slot, base):
+                self._saver.save(attempt, rank, self._workers[rank].memory.arena, slot, base)
             case node.CancelPersist(attempt):
                 self._saver.cancel(attempt)
             case node.HostStore(generation):
@@ -351,6 +351,7 @@ class Agent:
         boot = Boot(
             run_id=self._spec.run_id,
             run_dir=str(self._spec.run_dir),
+            storage=self._spec.storage,
             generation=start.generation,
             rank=worker.rank,
             local_rank=worker.local_rank,
@@ -369,7 +370,9 @@ class Agent:
             program.kind,
             program.target,
             program.arguments,
-            environment.worker(self._spec, start, worker.rank, worker.local_rank, worker.error_file),
+            environment.worker(
+                self._spec, start, worker.rank, worker.local_rank, worker.error_file, self._state.hello.address
+            ),
             str(self._spec.directory),
             FD_NAMES,
             boot,
@@ -415,7 +418,7 @@ class Agent:
                 "function",
                 "ftrain.worker.store:host",
                 ("fd:listen", "1"),
-                environment.base(self._spec),
+                environment.base(self._spec, self._state.hello.address),
                 str(self._spec.directory),
                 ("stdout", "stderr", "listen"),
             )

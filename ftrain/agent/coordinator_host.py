@@ -78,7 +78,7 @@ class CoordinatorHost:
         """Listen, read the journal, take over. Returns the port. Raises `Unavailable` when it cannot listen."""
         port = await self._service.start()
         history = await self._loop.run_in_executor(self._journal, durable_history, self._storage)
-        live = {body.attempt.path for _, body in history.commits}
+        live = {attempt.path for attempt in history.needed}
         newest = history.generation.generation if history.generation is not None else 0
         await self._loop.run_in_executor(self._files, sweep, self._storage, live, newest)
         self._state = coordinator.initial(self.policy, history, self._writer)

@@ -8,6 +8,7 @@ import os
 import sys
 from pathlib import Path
 
+from ftrain.agent.interface import interface_of
 from ftrain.core.messages import Start
 from ftrain.spec import JobSpec, Program
 
@@ -26,23 +27,26 @@ TRAINING_MODULES = (
 )
 
 
-def base(spec: JobSpec) -> dict[str, str]:
-    """For the nursery and everything below it."""
+def base(spec: JobSpec, address: str) -> dict[str, str]:
+    """For the nursery and everything below it, on the node that others reach at `address`."""
     environment = {**os.environ, **spec.environment}
     if spec.topology.processes > 1:
         environment.setdefault("OMP_NUM_THREADS", "1")  # as torchrun: else every process would take every core
     if spec.topology.loopback:
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    elif interface := interface_of(address):
+        # Left to itself gloo looks the host's name up, which on many hosts is an address of the loopback interface.
+        environment.setdefault("GLOO_SOCKET_IFNAME", interface)
     environment.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
     # Large CPU tensors on huge pages: touched for the first time several times quicker (docs/decisions/0011).
     environment.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     return environment
 
 
-def worker(spec: JobSpec, start: Start, rank: int, local_rank: int, error_file: Path) -> dict[str, str]:
+def worker(spec: JobSpec, start: Start, rank: int, local_rank: int, error_file: Path, address: str) -> dict[str, str]:
     """For one worker of one generation."""
     return {
-        **base(spec),
+        **base(spec, address),
         "LOCAL_RANK": str(local_rank),
         "RANK": str(rank),
         "GROUP_RANK": str(start.group_rank),

@@ -98,7 +98,7 @@ class Sender:
             except (OSError, FtrainError) as error:
                 if clock() - there_at > PATIENCE_SECONDS:  # a node that was lost, or has left, is soon known to be
                     where = endpoint_text(keeper.address, keeper.port)
-                    self._warn(f"none can be sent to {where}, trying again: {error}")
+                    self._warn(f"none can be sent to {where}, trying again: {str(error) or 'no answer'}")
             except Exception:  # a task's edge: training goes on without copies
                 log.exception("peer copies are not sent any more")
                 return

@@ -17,6 +17,7 @@ import msgspec
 
 from ftrain import _native
 from ftrain.control.client import endpoint_text
+from ftrain.control.silence import bound_silence
 from ftrain.core.messages import RANKS_PER_NODE_MAX, Attempt, Count, Name, Peer, Text
 from ftrain.errors import ProtocolError
 
@@ -100,6 +101,7 @@ async def connect(context: ssl.SSLContext, peer: Peer, greeting: Greet) -> Async
     """A connection to a keeper, on which we have greeted. Raises `OSError`, `TimeoutError` where there is none."""
     async with asyncio.timeout(CONNECT_SECONDS):
         reader, writer = await asyncio.open_connection(peer.address, peer.port, ssl=context, limit=BUFFER_BYTES)
+    bound_silence(writer.get_extra_info("socket"))
     wire = Wire(reader, writer, f"the agent at {endpoint_text(peer.address, peer.port)}")
     try:
         await wire.send(greeting)

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from ftrain.checkpoint.arena import Arena
 from ftrain.checkpoint.persist import BESIDE_TRAINING, persist_slot
+from ftrain.checkpoint.unchanged import Memory
 from ftrain.core.messages import Attempt, PackRecord
 from ftrain.errors import FtrainError
 from ftrain.storage.base import Storage
 
 log = logging.getLogger("ftrain.saver")
 THREADS_MAX = 8
+
+
+def _step_back() -> None:
+    """A thread that looks for what has not changed leaves the processor to training."""
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), BESIDE_TRAINING.nice)
 
 
 class Saver:
@@ -34,15 +43,17 @@ class Saver:
         threads = min(ranks, THREADS_MAX)
         self._storage = storage
         self._done = done
-        self._pool = ThreadPoolExecutor(threads, "ftrain-saver")
+        self._pool = ThreadPoolExecutor(threads, "ftrain-saver", _step_back)
         # Each pack keeps to its share: what one does not use, since it is done already, is not given to the others.
         share = -(-bytes_per_second_max // threads)
         self._effort = dataclasses.replace(BESIDE_TRAINING, bytes_per_second_max=share)
+        self._memory = Memory()
         self._cancelled: dict[Attempt, threading.Event] = {}
 
-    def save(self, attempt: Attempt, rank: int, arena: Arena, slot: int) -> None:
+    def save(self, attempt: Attempt, rank: int, arena: Arena, slot: int, base: Attempt | None = None) -> None:
+        """`base` is a commit whose packs may be referred to for what has not changed since."""
         cancelled = self._cancelled.setdefault(attempt, threading.Event())
-        self._pool.submit(self._save, attempt, rank, arena, slot, cancelled)
+        self._pool.submit(self._save, attempt, rank, arena, slot, base, cancelled)
 
     def cancel(self, attempt: Attempt) -> None:
         """Give up what is being written of the attempt; each of its ranks still gets its `done`, with no cause."""
@@ -57,9 +68,13 @@ class Saver:
             cancelled.set()
         self._pool.shutdown(wait=True)
 
-    def _save(self, attempt: Attempt, rank: int, arena: Arena, slot: int, cancelled: threading.Event) -> None:
+    def _save(
+        self, attempt: Attempt, rank: int, arena: Arena, slot: int, base: Attempt | None, cancelled: threading.Event
+    ) -> None:
         try:
-            pack = persist_slot(self._storage, attempt, rank, arena, slot, cancelled.is_set, self._effort)
+            pack = persist_slot(
+                self._storage, attempt, rank, arena, slot, cancelled.is_set, self._effort, self._memory, base
+            )
         except (FtrainError, OSError) as error:
             self._done(attempt, rank, None, "" if cancelled.is_set() else str(error))
         except Exception as error:  # a thread's edge: a bug here must abort the attempt, not strand it

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -18,7 +18,10 @@ from ftrain.core.messages import Attempt
 from ftrain.errors import MismatchedState
 from ftrain.storage.zarr_view import references
 
+Exchange = Callable[[bytes], list[bytes]]  # gives every rank what each gave, by rank: a collective
+
 _SPECS = msgspec.json.Decoder(list[TensorSpec])
+_KEYS = msgspec.json.Decoder(list[str])
 
 
 class Agreed:
@@ -95,7 +98,7 @@ def encode_specs(specs: Sequence[TensorSpec]) -> bytes:
 
 
 def exchange_specs(
-    specs: list[TensorSpec], encoded: bytes, exchange: Callable[[bytes], list[bytes]], rank: int
+    specs: list[TensorSpec], encoded: bytes, exchange: Exchange, rank: int
 ) -> tuple[list[list[TensorSpec]], list[bytes]]:
     """Everybody's specs, and the digests of them, by rank; `encoded` is this rank's by `encode_specs`.
 
@@ -110,3 +113,13 @@ def exchange_specs(
             if content and digest not in known:
                 known[digest] = _SPECS.decode(content)
     return [known[digest] for digest in digests], digests
+
+
+def asked_by_others(missed: Collection[str], asked: Collection[str], exchange: Exchange) -> set[str]:
+    """What all ranks together ask a checkpoint for, where one of them misses a key of it. A collective.
+
+    Stages of a pipeline hold different tensors. Empty where no rank misses any.
+    """
+    if not any(exchange(b"x" if missed else b"")):
+        return set()
+    return {key for keys in exchange(msgspec.json.encode(list(asked))) for key in _KEYS.decode(keys)}

@@ -19,13 +19,14 @@ import torch.distributed as dist
 from ftrain import _native
 from ftrain.checkpoint.agreement import encode_specs, exchange_specs
 from ftrain.checkpoint.arena import Arena, Image
+from ftrain.checkpoint.device import begin_upload
 from ftrain.checkpoint.host import lies_in_host_memory
-from ftrain.checkpoint.items import TensorItem
-from ftrain.checkpoint.restore import TensorInfo
+from ftrain.checkpoint.items import TensorItem, part_of
+from ftrain.checkpoint.source import TensorInfo
 from ftrain.checkpoint.tracked import Tracked
 from ftrain.checkpoint.wire import Checksum, fill_from_bytes, gather_bytes, runs
 from ftrain.core import plain as plain_data
-from ftrain.core.layout import Box, TensorSpec, item_bytes, local_box
+from ftrain.core.layout import Box, TensorSpec, item_bytes, local_shard
 from ftrain.core.manifest import BoxRecord, PackIndex, decode_index
 from ftrain.core.messages import Attempt
 from ftrain.errors import CorruptCheckpoint, FtrainError, MismatchedState, Unavailable
@@ -41,8 +42,8 @@ def restore_from_arenas(
     A collective of all ranks of the default group, which are as many as took the snapshot, on the same mesh. Returns
     this rank's plain data, of which `tracked` is taken over already. The indexes are proved by their checksums, and so
     is what travels; the boxes in the arenas have none yet. Where one rank cannot go on, it raises on all of them:
-    `MismatchedState`, `Unavailable`, or `CorruptCheckpoint`. Until the tensors agree, nothing is changed but new
-    optimizer state made; after damage on the way, what was filled is of no use.
+    `MismatchedState`, `Unavailable`, or `CorruptCheckpoint`. Until the tensors agree, nothing is changed; after
+    damage on the way, what was filled is of no use.
     """
     index: PackIndex | None = None
     error = ""
@@ -136,6 +137,11 @@ class _Sealed:
         assert rank == self._rank
         return {name: plain_data.decode(value) for name, value in self._index.plain.items()}
 
+    def others(self, rank: int) -> tuple[()]:
+        """None: the mesh is the same, so that a rank has all that it needs."""
+        assert rank == self._rank
+        return ()
+
     def plan(self, specs: Sequence[TensorSpec]) -> None:
         """Work out with all ranks what travels where, given the shared tensors that this rank wants.
 
@@ -145,15 +151,14 @@ class _Sealed:
         everybody, _ = exchange_specs(list(specs), encode_specs(specs), gather_bytes, self._rank)
         wanting = _wanting(everybody)
         # Each rank says which of the boxes that it wants it has itself: it holds all that it writes.
-        own = [(spec.key, local_box(spec, self._rank)) for spec in specs]
-        has = [place for place, wanted in enumerate(own) if wanted in self._shared]
+        own = _boxes(specs, self._rank)
+        has = [place for place, (spec, box) in enumerate(own) if (spec.key, box) in self._shared]
         self._routes, found = [], set()
         for source, told in enumerate(gather_bytes(array("I", has).tobytes())):
             routes: dict[tuple[int, ...], _Route] = {}
+            held = _boxes(everybody[source], source) if told else []
             for place in array("I", told):
-                spec = everybody[source][place]
-                box = local_box(spec, source)
-                assert box is not None
+                spec, box = held[place]
                 found.add((spec.key, box))
                 targets = tuple(rank for rank in wanting.get((spec.key, box), ()) if rank != source)
                 route = routes.setdefault(targets, _Route(source, targets))
@@ -172,7 +177,12 @@ class _Sealed:
         if items and items[0].spec.private:
             self._copy([(self._private[item.spec.key], item.local) for item in items])
             return
-        boxes = {(item.spec.key, local_box(item.spec, rank)): item.local for item in items}
+        boxes = {
+            (item.spec.key, box): item.local if box.shape == shard.shape else part_of(item.local, offset, box.shape)
+            for item in items
+            if (shard := local_shard(item.spec, rank)) is not None
+            for box, offset in zip(shard.boxes, shard.offsets, strict=True)
+        }
         self._copy([(record, boxes[wanted]) for wanted, record in self._shared.items() if wanted in boxes])
         sums: dict[int, int] = {}
         for number, route in enumerate(self._routes):
@@ -187,14 +197,20 @@ class _Sealed:
         self._compare(sums)
 
     def _copy(self, pairs: Sequence[tuple[BoxRecord, torch.Tensor]]) -> None:
-        """Within this rank's memory."""
-        copies = []
+        """Within this rank's memory, and from it to its devices."""
+        copies, uploads = [], []
         for record, local in pairs:
-            if lies_in_host_memory(local) and record.nbytes:
-                copies.append((local.data_ptr(), self._image.address + record.offset, record.nbytes))
+            address = self._image.address + record.offset
+            if local.device.type == "cuda":
+                uploads.append((address, local))
+            elif lies_in_host_memory(local) and record.nbytes:
+                copies.append((local.data_ptr(), address, record.nbytes))
             elif record.nbytes:
                 fill_from_bytes(local, self._bytes(record))
+        ticket = begin_upload(uploads, self._image) if uploads else None
         _native.copy_batch(copies, COPY_THREADS)
+        if ticket is not None:
+            ticket.wait()
 
     def _bytes(self, record: BoxRecord) -> torch.Tensor:
         return self._memory[record.offset : record.offset + record.nbytes]
@@ -213,7 +229,7 @@ class _Sealed:
         self,
         run: Sequence[_Moving],
         route: _Route,
-        boxes: Mapping[tuple[str, Box | None], torch.Tensor],
+        boxes: Mapping[tuple[str, Box], torch.Tensor],
         checksum: Checksum,
     ) -> None:
         first = boxes[run[0].key, run[0].box]
@@ -250,8 +266,12 @@ def _wanting(everybody: Sequence[Sequence[TensorSpec]]) -> dict[tuple[str, Box],
     """The ranks that want each box that has elements."""
     found: dict[tuple[str, Box], list[int]] = {}
     for rank, specs in enumerate(everybody):
-        for spec in specs:
-            box = local_box(spec, rank)
-            if box is not None and box.volume:
-                found.setdefault((spec.key, box), []).append(rank)
+        for spec, box in _boxes(specs, rank):
+            found.setdefault((spec.key, box), []).append(rank)
     return found
+
+
+def _boxes(specs: Sequence[TensorSpec], rank: int) -> list[tuple[TensorSpec, Box]]:
+    """The boxes that a rank holds and that have elements."""
+    shards = [(spec, local_shard(spec, rank)) for spec in specs]
+    return [(spec, box) for spec, shard in shards if shard is not None for box in shard.boxes]

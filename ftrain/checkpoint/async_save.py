@@ -26,7 +26,9 @@ from ftrain.storage.base import Effort
 SLOTS = 2  # of the arena: one being written, one being filled
 
 
-def async_save(path: str | Path, state: State, *, step: int = 0, bytes_per_second_max: int = 0) -> Saving:
+def async_save(
+    path: str | Path, state: State, *, step: int = 0, keep: str | None = None, bytes_per_second_max: int = 0
+) -> Saving:
     """Save a state while training goes on: returns at once, the copy overlaps what follows.
 
     As `save`, except that `Saving.result` says what became of it. Optimizers wait by themselves until what they change
@@ -41,7 +43,7 @@ def async_save(path: str | Path, state: State, *, step: int = 0, bytes_per_secon
     effort = dataclasses.replace(BESIDE_TRAINING, bytes_per_second_max=bytes_per_second_max)
     group, engine = peers(), _engine()
     try:
-        target, job = Target(path, step), engine.jobs.job(state)
+        target, job = Target(path, step, keep), engine.jobs.job(state)
     except Exception:
         with together(group, f"saving {path}"):  # the other ranks are about to ask how it went
             raise
@@ -71,6 +73,7 @@ class Saving:
         began = time.perf_counter()
         try:
             self._staged.result(timeout)
+            self._staging.before_write()  # from here on it may change
         finally:
             self._waited_seconds += time.perf_counter() - began
 
@@ -88,6 +91,10 @@ class Saving:
         """As `result`, whatever became of it."""
         self._result.exception()
 
+    def settle(self) -> None:
+        """The last word on what was copied. Raises `MismatchedState`."""
+        self._staging.settle()
+
     def called(self, seconds: float) -> None:
         self._call_seconds = seconds
 
@@ -95,7 +102,7 @@ class Saving:
         """Do the work, in a thread. `write` is given what waits for the copies."""
 
         def finish() -> None:
-            self._staging.finish()
+            self._staging.finish(for_now=True)
             self._staged.set_result(None)
 
         try:
@@ -106,6 +113,8 @@ class Saving:
             self._result.set_exception(error)
         else:
             self._result.set_result(None)
+        finally:
+            self._staging.release()
 
 
 class _Engine:
@@ -137,7 +146,8 @@ class _Engine:
             keys = [write.spec.key for write in agreed.pack.writes]
             self._stage_plan = agreed, StagePlan(keys, agreed.pack.offsets, job.written_late(agreed.pack))
         seen = job.seen if job.writes_all(agreed.pack) else None
-        saving = Saving(self._stager.begin(self._stage_plan[1], job.written(agreed.pack), image, seen))
+        counted = job.versions if job.writes_all(agreed.pack) else None
+        saving = Saving(self._stager.begin(self._stage_plan[1], job.written(agreed.pack), image, seen, counted))
         self._users[slot], self._order[slot] = saving, self._count
         self._count += 1
         specs, plain = job.specs, job.plain
@@ -152,7 +162,11 @@ class _Engine:
                 finish()
                 return array("Q", [image.address + offset for offset in agreed.pack.offsets])
 
-            target.commit(agreed, group, find, plain, effort, image.address)
+            try:
+                target.commit(agreed, group, find, plain, effort, image.address, saving.settle)
+            except MismatchedState:
+                self.jobs.forget()
+                raise
 
         self._writer.submit(saving.run, write)
         return saving

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Sequence
@@ -34,6 +35,17 @@ def find_nvrtc() -> list[str]:
             found += [str(path) for path in sorted([*folder.glob(name), *folder.glob(f"*/lib/{name}")])]
         found.append(name)
     return found
+
+
+def begin_upload(copies: Copies, image: Image | None = None) -> DeviceTicket:
+    """Start filling tensors on devices from host addresses, as `DeviceCopies.upload`.
+
+    The image in which the addresses are is pinned first, and stays so: the next snapshots go there.
+    """
+    uploads = _uploads()
+    if image is not None:
+        uploads.pin_image(image, {tensor.device for _, tensor in copies})
+    return uploads.upload(copies)
 
 
 class DeviceTicket:
@@ -78,6 +90,13 @@ class DeviceCopies:
         self._pinned[address, nbytes] = None
         for device in devices:
             self._device(device).stager.small_copies()  # compiled now, not in the first snapshot
+        return "; ".join(self.hindrances())
+
+    def pin_image(self, image: Image, devices: Iterable[torch.device]) -> str:
+        """As `pin`, for an image as `begin` takes it, and for as long as `begin` would keep it pinned."""
+        self._hold(image)
+        for device in devices:
+            self._device(device).stager.small_copies()
         return "; ".join(self.hindrances())
 
     def unpin(self, address: int, nbytes: int) -> None:
@@ -162,6 +181,11 @@ class DeviceCopies:
     def _plan(self, device: torch.device, places: Copies, *, upload: bool) -> _native.CudaPlan:
         copies = [(address, tensor.data_ptr(), tensor.nbytes) for address, tensor in places]
         return self._device(device).stager.plan(copies, upload)
+
+
+@functools.cache
+def _uploads() -> DeviceCopies:
+    return DeviceCopies()
 
 
 _Range = tuple[int, int]

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 import msgspec
 import torch
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
+from torch.distributed.tensor.placement_types import Partial, Placement, Replicate, Shard, _StridedShard
 
-from ftrain.core.layout import Mesh, TensorSpec, item_bytes
+from ftrain.core.layout import Mesh, TensorSpec, WriteItem, item_bytes, local_shard
+from ftrain.core.placement import REPLICATED, sharded
 from ftrain.errors import UnsupportedTensor
 
 _shape = operator.attrgetter("shape")
@@ -22,19 +23,23 @@ _names: dict[torch.dtype, str] = {}
 
 
 class TensorItem(msgspec.Struct, frozen=True, eq=False, gc=False):
-    """What this rank holds of one tensor: `local` has the shape of `layout.local_box(spec, rank)`.
+    """What this rank holds of one tensor: `local` has the shape of `layout.local_shard(spec, rank)`.
 
     `late`: it changes in an optimizer's step and nowhere else, so that a snapshot may copy it beside the training.
+    `fresh`: it was made just now, to be filled; nothing else knows where its memory is.
     """
 
     spec: TensorSpec
     local: torch.Tensor
     late: bool = False
+    fresh: bool = False
 
 
-def item_of(key: str, tensor: torch.Tensor, private: bool = False, late: bool = False) -> TensorItem:
+def item_of(
+    key: str, tensor: torch.Tensor, private: bool = False, late: bool = False, fresh: bool = False
+) -> TensorItem:
     """The item of a tensor or DTensor: itself, not a copy. Raises as `spec_of`."""
-    return TensorItem(spec_of(key, tensor, private), local_of(tensor), late)
+    return TensorItem(spec_of(key, tensor, private), local_of(tensor), late, fresh)
 
 
 class _Alike(msgspec.Struct, frozen=True):
@@ -66,6 +71,19 @@ def items_of(keys: Sequence[str], tensors: Sequence[torch.Tensor]) -> list[Tenso
     return items
 
 
+def written_of(write: WriteItem, local: torch.Tensor) -> torch.Tensor:
+    """What a rank writes of its local tensor: as a rule the tensor itself."""
+    return local if write.offset is None else part_of(local, write.offset, write.box.shape)
+
+
+def part_of(local: torch.Tensor, offset: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
+    """The block of a local tensor at an offset: a view, which counts its changes with the tensor."""
+    view = local.detach()
+    for dim, (begin, count) in enumerate(zip(offset, shape, strict=True)):
+        view = view.narrow(dim, begin, count)
+    return view
+
+
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
     """What this rank holds of it: the very object that optimizers change, so that it can be watched."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
@@ -74,15 +92,17 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
 def spec_of(key: str, tensor: torch.Tensor, private: bool = False) -> TensorSpec:
     """What the layout knows a tensor by. A private DTensor is taken for its local part.
 
-    Raises `UnsupportedTensor` naming the key: for a placement that is neither Replicate nor Shard, and for a tensor
-    that is not dense or of a dtype that the format does not have.
+    Raises `UnsupportedTensor` naming the key: for a DTensor that is yet to be summed (Partial) or is placed in a way
+    that the format does not know, and for a tensor that is not dense or of a dtype that the format does not have.
     """
     dtype = dtype_name(tensor.dtype)
     item_bytes(dtype, key)
     if isinstance(tensor, DTensor) and not private:
         placements = tuple(_placement(key, placement, tensor.dim()) for placement in tensor.placements)
         mesh = Mesh(tuple(tensor.device_mesh.mesh.shape), tuple(tensor.device_mesh.mesh.flatten().tolist()))
-        return TensorSpec(key, dtype, tuple(tensor.shape), mesh, placements)
+        spec = TensorSpec(key, dtype, tuple(tensor.shape), mesh, placements)
+        _refuse_odd_shard(spec, tensor)
+        return spec
     local = local_of(tensor)
     _refuse_without_data(key, local)
     return TensorSpec(key, dtype, tuple(local.shape), private=private)
@@ -111,12 +131,31 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def _placement(key: str, placement: Placement, dimensions: int) -> str:
-    # By exact type: _StridedShard is a relative of Shard in some versions of torch, and means another order of bytes.
+    # By exact type: relatives of Shard mean another order of bytes.
     if type(placement) is Replicate:
-        return "R"
+        return REPLICATED
     if type(placement) is Shard:
-        return f"S{placement.dim % dimensions}"
+        return sharded(placement.dim % dimensions)
+    if type(placement) is _StridedShard:
+        return sharded(placement.dim % dimensions, int(placement.split_factor))
+    if isinstance(placement, Partial):
+        raise UnsupportedTensor(
+            f"{key}: a DTensor placed as {placement} has no value yet, each rank holds a part of a sum; call "
+            ".redistribute() with Replicate() or Shard(…) in its place and save what that returns"
+        )
     raise UnsupportedTensor(
-        f"{key}: a DTensor placed as {placement} cannot be in a checkpoint; redistribute it to Shard or Replicate "
-        "(for a dimension that is sharded twice, save `full_tensor()`)"
+        f"{key}: a DTensor placed as {placement} cannot be in a checkpoint; redistribute it to Shard or Replicate"
     )
+
+
+def _refuse_odd_shard(spec: TensorSpec, tensor: DTensor) -> None:
+    """A strided shard of uneven size may be cut in two ways (`core.placement`): what is there has to be ours."""
+    if not any(type(placement) is _StridedShard for placement in tensor.placements):
+        return
+    found = local_shard(spec, tensor.device_mesh.get_rank())
+    local = tuple(tensor._local_tensor.shape)
+    if found is not None and found.shape != local:
+        raise UnsupportedTensor(
+            f"{spec.key}: this rank holds {list(local)} of a strided shard that should be {list(found.shape)}: its "
+            "uneven parts are not those that fully_shard makes; redistribute it to Shard or Replicate"
+        )

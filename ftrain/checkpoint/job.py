@@ -14,12 +14,14 @@ import torch
 from ftrain import _native
 from ftrain.checkpoint.agreement import encode_plain
 from ftrain.checkpoint.garbage import no_collection
-from ftrain.checkpoint.look import is_unchanged, quick_look
+from ftrain.checkpoint.items import written_of
+from ftrain.checkpoint.look import MANY, is_unchanged, quick_look, recall
 from ftrain.checkpoint.pack_plan import PackPlan
 from ftrain.checkpoint.tracked import Tracked
 from ftrain.core.layout import TensorSpec
 
 State = MutableMapping[str, Any]
+PLAIN_DICTS = (dict, OrderedDict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,18 +32,22 @@ class Job:
     late: list[bool]
     tensors: list[torch.Tensor]
     plain: dict[str, Any]
-    seen: _native.Look | None  # a look at the tensors, where there was one
+    seen: _native.Look | None = None  # a look at the tensors, where there was one
+    versions: bytes | None = None  # of the tensors, where they were recalled: to be looked at before they are copied
 
     def written(self, pack: PackPlan) -> list[torch.Tensor]:
         """What the pack's boxes hold, in their order."""
-        return self.tensors if self.writes_all(pack) else [self.tensors[place] for place in self._places(pack)]
+        if self.writes_all(pack):
+            return self.tensors
+        held = zip(self._places(pack), pack.writes, strict=True)
+        return [written_of(write, self.tensors[place]) for place, write in held]
 
     def written_late(self, pack: PackPlan) -> list[bool]:
         return self.late if self.writes_all(pack) else [self.late[place] for place in self._places(pack)]
 
     def writes_all(self, pack: PackPlan) -> bool:
         """Whether the pack's boxes are all of the job's tensors, and in their order."""
-        return len(pack.writes) == len(self.specs)
+        return len(pack.writes) == len(self.specs) and not pack.has_parts
 
     def _places(self, pack: PackPlan) -> list[int]:
         by_name = {(spec.key, spec.private): place for place, spec in enumerate(self.specs)}
@@ -59,10 +65,14 @@ class Jobs:
 
     def job(self, state: State) -> Job:
         """The job of saving the state as it is now. Raises `UsageError` where it cannot be saved, naming the key."""
+        known = self._known
+        recalled = None if known is None else known.recall(state)
+        if known is not None and recalled is not None:
+            tensors, counted = recalled
+            return Job(known.specs, known.late, tensors, known.plain, versions=counted)
         leaves = _leaves(state)
         if leaves is None:
             return _job(state)
-        known = self._known
         seen = quick_look(leaves.tensors, known.seen if known is not None else None)
         if seen is None:
             return _job(state)
@@ -74,6 +84,10 @@ class Jobs:
             specs = known.specs if known is not None and is_same_list else job.specs  # whoever knows it asks no further
             self._known = _Known(_Leaves(leaves.names, leaves.sizes, leaves.keys, []), seen, specs, job.late, job.plain)
         return job
+
+    def forget(self) -> None:
+        """The next state is looked at as the first one was."""
+        self._known = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +114,26 @@ class _Known:
     late: list[bool]
     plain: dict[str, Any]
 
+    def recall(self, state: State) -> tuple[list[torch.Tensor], bytes] | None:
+        """The tensors of a state of very many, and their versions, where it is the known one; None to look closer."""
+        if len(self.leaves.keys) < MANY:
+            return None
+        if not self.leaves.names:
+            return recall(self.seen, [state], self.leaves.keys) if isinstance(state, PLAIN_DICTS) else None
+        values = list(state.values())
+        if list(state) != self.leaves.names or not all(type(value) in PLAIN_DICTS for value in values):
+            return None
+        if [len(value) for value in values] != self.leaves.sizes:
+            return None
+        return recall(self.seen, values, self.leaves.keys)
+
 
 def _leaves(state: State) -> _Leaves | None:
     """None for a state of another kind; what the values are besides dicts is for a look to find out."""
     values = list(state.values())
     if not values or isinstance(values[0], torch.Tensor):
         return _Leaves([], [], list(state), values)
-    if not all(type(value) in (dict, OrderedDict) for value in values):
+    if not all(type(value) in PLAIN_DICTS for value in values):
         return None
     keys: list[Any] = []
     tensors: list[torch.Tensor] = []
@@ -130,6 +157,4 @@ def _job(state: State) -> Job:
         part = tracked.collect()
     items = part.items
     plain = encode_plain({"tracked": part.plain})
-    return Job(
-        [item.spec for item in items], [item.late for item in items], [item.local for item in items], plain, None
-    )
+    return Job([item.spec for item in items], [item.late for item in items], [item.local for item in items], plain)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 import torch
-import torch.distributed as dist
 
 from ftrain.checkpoint.agreement import encode_plain
 from ftrain.checkpoint.items import TensorItem
-from ftrain.checkpoint.restore import TensorInfo
+from ftrain.checkpoint.memory import available_bytes
+from ftrain.checkpoint.source import TensorInfo
 from ftrain.checkpoint.tracked import Tracked
-from ftrain.checkpoint.wire import Checksum, as_bytes, fill_from_bytes, receive_bytes, runs, send_bytes
+from ftrain.checkpoint.wire import Checksum, Wire, as_bytes, fill_from_bytes, runs
 from ftrain.core import plain as plain_data
-from ftrain.core.layout import local_box
+from ftrain.core.layout import Shard, local_shard
 from ftrain.errors import CorruptCheckpoint, FtrainError, MismatchedState
 
 
@@ -31,27 +32,85 @@ def copy_live(tracked: Tracked, rank: int, pairs: Sequence[tuple[int, int]]) -> 
 
     Only the ranks that are named take part. No rank receives twice, or receives and sends. What is a rank's alone
     stays as it is; a buffer that the sender has changed for itself is not sent. Raises `MismatchedState` on both where
-    the two are no replicas, with nothing changed but new optimizer state made, and `CorruptCheckpoint` on the receiver
-    where bytes were damaged on the way.
+    the two are no replicas, with nothing changed, and `CorruptCheckpoint` on the receiver where bytes were damaged on
+    the way.
     """
     targets = [target for _, target in pairs]
     assert len(set(targets)) == len(targets), f"somebody would receive twice: {pairs}"
     assert not set(targets) & {source for source, _ in pairs}, f"somebody would send what it receives: {pairs}"
     for source, target in pairs:
         if rank == source:
-            _send(tracked, rank, target)
+            _send(tracked, rank, target, Wire(target))
         elif rank == target:
-            _receive(tracked, rank, source)
+            _receive(tracked, rank, source, Wire(source))
+
+
+def give_ahead(tracked: Tracked, rank: int, wire: Wire) -> bool:
+    """Send the shared state to a replica that is still being built, and receives it by `receive_ahead`.
+
+    False where it lies on a device or is too much for the other one to hold twice: then it is to be had by `copy_live`.
+    """
+    offer, moving = _offer(tracked, rank)
+    if any(offer.on_device):
+        wire.send_bytes(b"")
+        return False
+    wire.send_bytes(msgspec.json.encode(offer))
+    if wire.receive_bytes() != _ROOM:
+        return False
+    _send_tensors(moving, wire)
+    return True
+
+
+def receive_ahead(wire: Wire) -> Ahead | None:
+    """What `give_ahead` sends, or None where there is to be nothing. No tensor is needed for it yet.
+
+    Raises `CorruptCheckpoint` where bytes were damaged on the way.
+    """
+    told = wire.receive_bytes()
+    if not told:
+        return None
+    offer = _OFFER.decode(told)
+    parcels = [_Parcel(number, one.nbytes) for number, one in enumerate(offer.tensors)]
+    nbytes = sum(parcel.nbytes for parcel in parcels)
+    if nbytes * _AHEAD_SHARE > available_bytes():
+        wire.send_bytes(_NO_ROOM)
+        return None
+    wire.send_bytes(_ROOM)
+    data, checksum = [torch.empty(0, dtype=torch.uint8)] * len(parcels), Checksum()
+    for run in runs(parcels):
+        sizes = [parcel.nbytes for parcel in run]
+        came = torch.empty(sum(sizes), dtype=torch.uint8)
+        wire.receive(came)
+        checksum.add(came)
+        for parcel, part in zip(run, torch.split(came, sizes), strict=True):
+            data[parcel.number] = part
+    _check(checksum, wire)
+    return Ahead(offer, data)
+
+
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """A replica's shared state in memory of its own, as bytes: it came before the tensors that it belongs in."""
+
+    _offer: _Offer
+    _data: list[torch.Tensor]
+
+    def take(self, tracked: Tracked, rank: int, source: int) -> None:
+        """Take it over, as `copy_live` does what comes from the rank `source`."""
+        replica = _Replica(self._offer, source, None, self._data)
+        items = tracked.prepare(replica, source)
+        replica.expect(items, rank)
+        tracked.fill(replica, rank, source, items)
 
 
 class _Offered(msgspec.Struct, frozen=True):
-    """One tensor that a rank holds: of which box of the whole, and where it lies."""
+    """One tensor that a rank holds, and which boxes of it."""
 
     key: str
     dtype: str
     shape: tuple[int, ...]
-    box_offset: tuple[int, ...]
-    box_shape: tuple[int, ...]
+    shard: Shard
+    nbytes: int
 
 
 class _Offer(msgspec.Struct, frozen=True):
@@ -69,66 +128,100 @@ class _Moving(msgspec.Struct, frozen=True):
     local: torch.Tensor
     nbytes: int
     on_device: bool
+    fresh: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Parcel:
+    """A tensor that is received before there is a place for it."""
+
+    number: int
+    nbytes: int
+    on_device: bool = False
 
 
 _OFFER = msgspec.json.Decoder(_Offer)
+_ROOM, _NO_ROOM = b"room", b"no room"
+_AHEAD_SHARE = 3  # of the memory that is there, for bytes that are there twice for a moment
 
 
 def _offered(items: Sequence[TensorItem], rank: int) -> list[_Offered]:
-    boxes = [(item.spec, local_box(item.spec, rank)) for item in items if not item.spec.private]
-    return [_Offered(spec.key, spec.dtype, spec.shape, box.offset, box.shape) for spec, box in boxes if box is not None]
+    held = [(item, local_shard(item.spec, rank)) for item in items if not item.spec.private]
+    return [
+        _Offered(item.spec.key, item.spec.dtype, item.spec.shape, shard, item.local.nbytes)
+        for item, shard in held
+        if shard is not None
+    ]
 
 
 def _moving(items: Sequence[TensorItem]) -> list[_Moving]:
-    return [_Moving(item.local, item.local.nbytes, item.local.device.type != "cpu") for item in items]
+    return [_Moving(item.local, item.local.nbytes, item.local.device.type != "cpu", item.fresh) for item in items]
 
 
-def _send(tracked: Tracked, rank: int, target: int) -> None:
-    items: list[TensorItem] = []
+def _offer(tracked: Tracked, rank: int) -> tuple[_Offer, list[_Moving]]:
+    part = tracked.collect()
+    private = {item.spec.key for item in part.items if item.spec.private}
+    shared = [item for item in part.items if item.spec.key not in private]
+    items = [item for item in shared if local_shard(item.spec, rank) is not None]
+    moving = _moving(items)
+    on_device = tuple(one.on_device for one in moving)
+    return _Offer("", tuple(_offered(items, rank)), on_device, encode_plain(part.plain)), moving
+
+
+def _send(tracked: Tracked, rank: int, target: int, wire: Wire) -> None:
     try:
-        part = tracked.collect()
-        private = {item.spec.key for item in part.items if item.spec.private}
-        items = [item for item in part.items if item.spec.key not in private and local_box(item.spec, rank) is not None]
-        moving = _moving(items)
-        on_device = tuple(one.on_device for one in moving)
-        offer = _Offer("", tuple(_offered(items, rank)), on_device, encode_plain(part.plain))
+        offer, moving = _offer(tracked, rank)
     except FtrainError as error:
-        send_bytes(msgspec.json.encode(_Offer(f"{type(error).__name__}: {error}")), target)
+        wire.send_bytes(msgspec.json.encode(_Offer(f"{type(error).__name__}: {error}")))
         raise
-    send_bytes(msgspec.json.encode(offer), target)
-    refusal = receive_bytes(target)
+    wire.send_bytes(msgspec.json.encode(offer))
+    refusal = wire.receive_bytes()
     if refusal:
         raise MismatchedState(f"rank {target} cannot take over the state of rank {rank}: {refusal.decode()}")
+    _send_tensors(moving, wire)
+
+
+def _send_tensors(moving: Sequence[_Moving], wire: Wire) -> None:
     checksum = Checksum()
     for run in runs(moving):
         parts = [as_bytes(one.local) for one in run]
         data = parts[0] if len(parts) == 1 else torch.cat(parts)
         checksum.add(data)
-        dist.send(data, target)
-    send_bytes(str(checksum.value).encode(), target)
+        wire.send(data)
+    wire.send_bytes(str(checksum.value).encode())
 
 
-def _receive(tracked: Tracked, rank: int, source: int) -> None:
-    offer = _OFFER.decode(receive_bytes(source))
+def _check(checksum: Checksum, wire: Wire) -> None:
+    if int(wire.receive_bytes()) != checksum.value:
+        raise CorruptCheckpoint(
+            f"the state that came from the memory of rank {wire.peer} does not match its checksum: the network or "
+            "a memory damages data"
+        )
+
+
+def _receive(tracked: Tracked, rank: int, source: int, wire: Wire) -> None:
+    offer = _OFFER.decode(wire.receive_bytes())
     if offer.error:
         raise MismatchedState(f"rank {source} cannot give its state to rank {rank}: {offer.error}")
-    replica = _Replica(offer, source)
+    replica = _Replica(offer, source, wire)
     try:
         items = tracked.prepare(replica, source)
         replica.expect(items, rank)
     except FtrainError as error:
-        send_bytes(str(error).encode(), source)
+        wire.send_bytes(str(error).encode())
         raise
-    send_bytes(b"", source)
+    wire.send_bytes(b"")
     tracked.fill(replica, rank, source, items)
 
 
 class _Replica:
-    """The living rank `source` as `Tracked` restores from it."""
+    """The living rank `source` as `Tracked` restores from it: over a wire, or from what came ahead."""
 
-    def __init__(self, offer: _Offer, source: int) -> None:
+    def __init__(self, offer: _Offer, source: int, wire: Wire | None, ahead: Sequence[torch.Tensor] = ()) -> None:
         self._offer = offer
         self._source = source
+        self._wire = wire
+        self._ahead = ahead
         self._moving: list[_Moving] = []
 
     @property
@@ -143,9 +236,15 @@ class _Replica:
         assert rank == self._source
         return {"tracked": {name: plain_data.decode(value) for name, value in self._offer.tracked.items()}}
 
+    def others(self, rank: int) -> tuple[()]:
+        """None: a replica has all that its replicas need."""
+        assert rank == self._source
+        return ()
+
     def expect(self, items: Sequence[TensorItem], rank: int) -> None:
         """Find a place for each tensor. Raises `MismatchedState` where they are not the same here and there."""
-        here = dict(zip(_offered(items, rank), [i for i in items if local_box(i.spec, rank) is not None], strict=True))
+        held = [item for item in items if local_shard(item.spec, rank) is not None]
+        here = dict(zip(_offered(held, rank), held, strict=True))
         there = set(self._offer.tensors)
         odd = [one.key for one in self._offer.tensors if one not in here] + [o.key for o in here if o not in there]
         if odd:
@@ -158,27 +257,38 @@ class _Replica:
             raise MismatchedState(f"ranks {self._source} and {rank} hold tensors on different kinds of devices")
 
     def read_into(self, items: Sequence[TensorItem], rank: int, *, elsewhere: Collection[str] = ()) -> None:
-        """Receive what `expect` found places for, which are those of `items`."""
-        del items, elsewhere
+        """Fill what `expect` found places for, which are those of `items`."""
+        del items, rank, elsewhere
+        if self._wire is None:
+            for one, data in zip(self._moving, self._ahead, strict=True):
+                if one.nbytes:
+                    _place(one, data)
+            return
         checksum = Checksum()
         for run in runs(self._moving):
-            _receive_run(run, self._source, checksum)
-        if int(receive_bytes(self._source)) != checksum.value:
-            raise CorruptCheckpoint(
-                f"what rank {rank} received from rank {self._source} does not match its checksum: the network "
-                "or a memory damages data"
-            )
+            _receive_run(run, self._wire, checksum)
+        _check(checksum, self._wire)
 
 
-def _receive_run(run: Sequence[_Moving], source: int, checksum: Checksum) -> None:
+def _place(one: _Moving, data: torch.Tensor) -> None:
+    """What is fresh takes over the memory that came, where that is its alone: it has none of its own in use yet."""
+    alone = data.untyped_storage().nbytes() == data.nbytes
+    if one.fresh and alone and one.local.is_contiguous():
+        with torch.no_grad():
+            one.local.set_(data.view(one.local.dtype).view(one.local.shape))  # type: ignore[call-overload]
+    else:
+        fill_from_bytes(one.local, data)
+
+
+def _receive_run(run: Sequence[_Moving], wire: Wire, checksum: Checksum) -> None:
     first = run[0].local.detach()
     if len(run) == 1 and first.is_contiguous():
         data = first.reshape(-1).view(torch.uint8)
-        dist.recv(data, source)
+        wire.receive(data)
         checksum.add(data)
         return
     data = torch.empty(sum(one.nbytes for one in run), dtype=torch.uint8, device=first.device)
-    dist.recv(data, source)
+    wire.receive(data)
     checksum.add(data)
     for one, part in zip(run, torch.split(data, [one.nbytes for one in run]), strict=True):
         fill_from_bytes(one.local, part)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, MutableMapping, MutableSequence
+from collections.abc import Iterator, MutableMapping, MutableSequence, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ import torch
 from ftrain.checkpoint.items import TensorItem, items_of, local_of
 from ftrain.checkpoint.part import Part, Saved, normal
 from ftrain.core import plain as plain_data
-from ftrain.errors import MismatchedState
 
 Holder = MutableMapping[Any, Any] | MutableSequence[Any]
 
@@ -22,10 +20,13 @@ class MappingState:
     def __init__(self, prefix: str, mapping: MutableMapping[Any, Any]) -> None:
         self._prefix = prefix
         self._mapping = mapping
-        self._saved: dict[str, Any] = {}
-        self._has_values = False
+        self._found: dict[str, Any] = {}  # what `finish` puts in the place of values
         self._keys: list[str] = []
         self._items: list[TensorItem] = []
+
+    @property
+    def has_tensors(self) -> bool:
+        return bool(self._leaves()[1])
 
     def part(self) -> Part:
         part = Part()
@@ -44,22 +45,32 @@ class MappingState:
         return {"values": values}
 
     def prepare(self, plain: Any, saved: Saved) -> list[TensorItem]:
-        del saved
-        self._saved = plain["values"]
         keys, tensors, values = self._leaves()
-        self._has_values = bool(values)
-        return items_of(keys, tensors)
+        wants = saved.terms.wants
+        self._found = {}
+        wanted = [path for path in values if wants(path)]
+        if wanted:
+            there = dict(self._saved_values(plain, saved, wanted))
+            self._found = {path: there[path] for path in wanted if path in there}
+            saved.missing.extend(path for path in wanted if path not in there)
+        items = items_of(keys, tensors)
+        return items if all(map(wants, keys)) else [item for item in items if wants(item.spec.key)]
 
     def finish(self) -> None:
-        if not self._saved and not self._has_values:
-            return
-        for path, holder, key, value in _walk(self._prefix, self._mapping):
-            if isinstance(value, torch.Tensor):
-                continue
-            if path not in self._saved:
-                raise MismatchedState(f"{path}: the checkpoint has no such value; it has {_some(self._saved)}")
-            holder[key] = self._saved[path]
-        self._saved = {}
+        if self._found:
+            for path, holder, key, value in _walk(self._prefix, self._mapping):
+                if path in self._found and not isinstance(value, torch.Tensor):
+                    holder[key] = self._found[path]
+        self._found = {}
+
+    def _saved_values(self, plain: Any, saved: Saved, wanted: Sequence[str]) -> Iterator[tuple[str, Any]]:
+        """Values by the paths of here: this rank's own last, and before it what others have where it has not all."""
+        here = saved.terms.here
+        own = {here(path): value for path, value in (plain or {}).get("values", {}).items()}
+        if not own.keys() >= set(wanted):
+            for other in saved.others():
+                yield from ((here(path), value) for path, value in other.get("values", {}).items())
+        yield from own.items()
 
     def _leaves(self) -> tuple[list[str], list[torch.Tensor], dict[str, object]]:
         keys: list[str] = []
@@ -90,7 +101,3 @@ def _walk(prefix: str, holder: Holder) -> Iterator[tuple[str, Any, Any, Any]]:
             yield from _walk(path, value)
         else:
             yield path, holder, key, value
-
-
-def _some(values: dict[str, Any]) -> str:
-    return ", ".join(itertools.islice(values, 5)) or "none"

@@ -76,18 +76,34 @@ class ModuleState:
         return {"extra": {}}
 
     def prepare(self, plain: Any, saved: Saved) -> list[TensorItem]:
-        self._extra = plain["extra"] if saved.private is not None else {}
+        self._extra = self._saved_extra(plain, saved) if plain is not None and saved.private is not None else {}
         self._own = None  # what the buffers were in the beginning is of no use: they become what the others have
         private = saved.private or {}
         items = []
         for key, tensor in self.tensors():
             full = f"{self._name}.{key}"
+            if not saved.terms.wants(full):
+                continue
             if saved.private is None and full not in saved.shared and key in self._buffers:
                 continue  # it is each rank's own by now
             items.append(item_of(full, tensor))
             if full in private:
                 items.append(item_of(full, tensor, private=True))
         return items
+
+    def _saved_extra(self, plain: Any, saved: Saved) -> dict[str, Any]:
+        """What a state dict has beside tensors, by its keys here; from other ranks what this one did not have."""
+        terms = saved.terms
+
+        def translated(extra: Mapping[str, Any]) -> dict[str, Any]:
+            named = {terms.here(f"{saved.name}.{key}"): value for key, value in extra.items()}
+            return {key.removeprefix(f"{self._name}."): value for key, value in named.items() if terms.wants(key)}
+
+        found = translated(plain.get("extra", {}))  # a dict of its tensors has none
+        if self._find_extra().keys() - found.keys():
+            for other in saved.others():
+                found = {**translated(other.get("extra", {})), **found}
+        return found
 
     def finish(self) -> None:
         for parameter in self._module.parameters():

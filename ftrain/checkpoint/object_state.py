@@ -9,7 +9,7 @@ import torch
 
 from ftrain.checkpoint.items import TensorItem, dtype_name, item_of, torch_dtype
 from ftrain.checkpoint.part import Part, Saved, normal
-from ftrain.checkpoint.restore import TensorInfo
+from ftrain.checkpoint.source import TensorInfo
 from ftrain.core import plain as plain_data
 from ftrain.errors import MismatchedState
 
@@ -47,8 +47,15 @@ class ObjectState:
 
     def prepare(self, plain: Any, saved: Saved) -> list[TensorItem]:
         items: list[TensorItem] = []
-        if saved.private is not None:
-            self._state = _unflatten(plain["state"], saved.private, items)
+        self._state = None
+        if not saved.terms.wants_object(self._name):
+            return items
+        if plain is None:
+            saved.missing.append(self._name)
+        elif "state" not in plain:
+            raise MismatchedState(f"{self._name}: the checkpoint has a module, an optimizer or a dict under this name")
+        elif saved.private is not None:
+            self._state = _unflatten(plain["state"], saved, items)
         return items
 
     def finish(self) -> None:
@@ -103,20 +110,21 @@ def _flatten(value: Any, path: str, items: list[TensorItem]) -> object:
     return {"value": leaf}
 
 
-def _unflatten(node: Any, private: Mapping[str, TensorInfo], items: list[TensorItem]) -> Any:
+def _unflatten(node: Any, saved: Saved, items: list[TensorItem]) -> Any:
     if "tensor" in node:
-        info = private.get(node["tensor"])
+        key = saved.terms.here(node["tensor"])
+        info = (saved.private or {}).get(key)
         if info is None:
             raise MismatchedState(f"{node['tensor']}: the checkpoint names this tensor but does not hold it")
         tensor = torch.empty(info.shape, dtype=torch_dtype(info.dtype))
         if node["device"] == "cuda" and torch.cuda.is_available():
             tensor = tensor.cuda()
-        items.append(item_of(node["tensor"], tensor, private=True))
+        items.append(item_of(key, tensor, private=True))
         return tensor
     if "dict" in node:
-        return {key: _unflatten(one, private, items) for key, one in node["dict"]}
+        return {key: _unflatten(one, saved, items) for key, one in node["dict"]}
     if "list" in node:
-        return [_unflatten(one, private, items) for one in node["list"]]
+        return [_unflatten(one, saved, items) for one in node["list"]]
     if "tuple" in node:
-        return tuple(_unflatten(one, private, items) for one in node["tuple"])
+        return tuple(_unflatten(one, saved, items) for one in node["tuple"])
     return node["value"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ from torch.optim import Optimizer
 
 from ftrain.checkpoint.items import TensorItem, item_of, local_of, torch_dtype
 from ftrain.checkpoint.part import Part, Saved, Watched, normal
-from ftrain.checkpoint.restore import TensorInfo
+from ftrain.checkpoint.saved_optimizer import SavedOptimizer
+from ftrain.checkpoint.source import TensorInfo
 from ftrain.core.plain import Encoded
 from ftrain.errors import MismatchedState, UsageError
 
@@ -22,7 +23,8 @@ class OptimizerState:
         self._name = name
         self._optimizer = optimizer
         self._parameters = parameters
-        self._saved: dict[str, Any] = {}
+        self._new_options: list[dict[str, Any] | None] = []  # of each group, what `finish` sets
+        self._new_state: list[tuple[torch.Tensor, dict[str, Any] | None]] = []  # of parameters; None to have none
         self._plain: dict[str, object] = {}
         self._names: list[Encoded] = []  # of each group's parameters
         self._watched: list[Watched] = []
@@ -71,38 +73,64 @@ class OptimizerState:
         return self._plain_now()
 
     def prepare(self, plain: Any, saved: Saved) -> list[TensorItem]:
-        self._saved = plain
+        there = SavedOptimizer(self._name, plain, saved)
         names = self._find_names()
-        on_cpu = set(plain["on_cpu"])
+        self._new_options, self._new_state = [], []
         items = []
         for group in self._optimizer.param_groups:
+            taken = []
             for parameter in group["params"]:
                 name = names[id(parameter)]
-                if name not in plain["order"]:
-                    self._optimizer.state.pop(parameter, None)  # a rehearsed step may have made what was not there
-                    continue
-                state = self._optimizer.state[parameter]
-                for key in plain["order"][name]:
-                    full = f"{self._name}.state.{name}.{key}"
-                    if full in plain["values"]:
-                        state[key] = plain["values"][full]
-                        continue
-                    if full not in saved.shared:
-                        raise MismatchedState(f"{full}: the checkpoint names this tensor but does not hold it")
-                    if not isinstance(state.get(key), torch.Tensor):
-                        state[key] = _fresh(parameter, saved.shared[full], full in on_cpu)
-                    items.append(item_of(full, state[key]))
+                if there.is_wanted(name, tuple(parameter.shape)):
+                    items += self._prepare_one(parameter, name, there)
+                    taken.append(name)
+            self._new_options.append(there.options(taken))
         return items
 
+    def _prepare_one(self, parameter: torch.Tensor, name: str, there: SavedOptimizer) -> list[TensorItem]:
+        """The state of one parameter, with tensors where there are none yet. `finish` makes them the optimizer's."""
+        order = there.order(name)
+        if order is None:
+            self._new_state.append((parameter, None))  # a rehearsed step may have made what was not there
+            return []
+        state = self._optimizer.state.get(parameter, {})
+        new: dict[str, Any] = {}
+        items = []
+        for key in order:
+            if there.is_value(name, key):
+                new[key] = there.value(name, key)
+                continue
+            tensor = state.get(key)
+            if not isinstance(tensor, torch.Tensor):
+                info, on_cpu = there.tensor(name, key, parameter.dtype)
+                tensor = new[key] = _fresh(parameter, info, on_cpu)
+            items.append(item_of(f"{self._name}.state.{name}.{key}", tensor))
+        self._new_state.append((parameter, new))
+        return items
+
+    def keep_options(self) -> Callable[[], None]:
+        """What puts back the options that there are now, whatever is restored until it is called.
+
+        Where a scheduler has begun from `initial_lr`, the learning rate stays as far along its way as was restored.
+        """
+        mine = self._options()
+
+        def put_back() -> None:
+            for own, found in zip(mine, self._options(), strict=True):
+                if own.get("initial_lr") and found.get("initial_lr"):
+                    own["lr"] = own["initial_lr"] * (found["lr"] / found["initial_lr"])
+            self._set_options(mine)
+
+        return put_back
+
     def finish(self) -> None:
-        names = self._find_names()
-        groups = self._saved["groups"]
-        if [group["params"] for group in groups] != [
-            [names[id(parameter)] for parameter in group["params"]] for group in self._optimizer.param_groups
-        ]:
-            raise MismatchedState(f"{self._name}: the checkpoint's parameter groups hold other parameters")
-        self._set_options([group["options"] for group in groups])
-        self._saved = {}
+        for parameter, state in self._new_state:
+            if state is None:
+                self._optimizer.state.pop(parameter, None)
+            else:
+                self._optimizer.state[parameter].update(state)
+        self._set_options(self._new_options)
+        self._new_options, self._new_state = [], []
 
     @property
     def size(self) -> tuple[int, int]:
@@ -126,7 +154,7 @@ class OptimizerState:
                 f"{self._name}: had {len(plain['options'])} parameter groups, and has "
                 f"{len(self._optimizer.param_groups)}; make the optimizer as the run began with it"
             )
-        self._set_options(plain["options"])
+        self._set_options(plain["options"])  # as many as there are groups: that was looked at
         for full, state, key in self._find_values():
             if full in plain["values"]:
                 state[key] = plain["values"][full]
@@ -143,9 +171,9 @@ class OptimizerState:
             for group in self._optimizer.param_groups
         ]
 
-    def _set_options(self, options: list[dict[str, Any]]) -> None:
-        for group, saved in zip(self._optimizer.param_groups, options, strict=True):
-            for key, value in saved.items():
+    def _set_options(self, options: Sequence[dict[str, Any] | None]) -> None:
+        for group, saved in zip(self._optimizer.param_groups, options, strict=False):
+            for key, value in (saved or {}).items():
                 if isinstance(group.get(key), torch.Tensor):
                     group[key].fill_(value)
                 else:

@@ -57,6 +57,7 @@ class PackPlan:
             )
             for offset, write in zip(self.layout.offsets, self.writes, strict=True)
         )
+        self.has_parts = any(write.offset is not None for write in self.writes)  # of what the rank holds of a tensor
         self._encoded: msgspec.Raw | None = None
 
     @property

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
 from ftrain.checkpoint.items import TensorItem
-from ftrain.checkpoint.restore import TensorInfo
+from ftrain.checkpoint.source import TensorInfo
+from ftrain.checkpoint.terms import EVERYTHING, Terms
 
 
 @dataclass(slots=True)
@@ -20,15 +21,24 @@ class Part:
     plain: dict[str, object] = field(default_factory=dict)
 
 
+def _nobody() -> Iterator[Any]:
+    return iter(())
+
+
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """The tensors of a checkpoint, by key: those that all ranks share, and this rank's own.
+    """What a checkpoint has for one object: tensors by key, those that all ranks share, and this rank's own.
 
+    Keys are those of here; what plain data says is by the names that it was saved under, for `terms` to translate.
     `private` is None where only what ranks share is restored: what is this rank's alone is to stay as it is.
     """
 
     shared: Mapping[str, TensorInfo]
     private: Mapping[str, TensorInfo] | None
+    name: str = ""  # of the object in the checkpoint
+    terms: Terms = EVERYTHING
+    others: Callable[[], Iterator[Any]] = _nobody  # the object's plain data on other ranks, where it differs
+    missing: list[str] = field(default_factory=list)  # what the checkpoint has not, and that is no tensor
 
 
 class Source(Protocol):
@@ -46,11 +56,14 @@ class Source(Protocol):
         ...
 
     def prepare(self, plain: Any, saved: Saved) -> list[TensorItem]:
-        """The tensors to be filled from a checkpoint, given the plain data of the object in it."""
+        """The tensors to be filled from a checkpoint, given the plain data of the object in it, None without any.
+
+        Raises `MismatchedState` where the two do not go together.
+        """
         ...
 
     def finish(self) -> None:
-        """The tensors are filled: take over the rest."""
+        """The tensors are filled: take over the rest of what `prepare` was given. Nothing if it was not called."""
         ...
 
 

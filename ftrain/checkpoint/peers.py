@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Protocol
 
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store
+from torch.distributed import HashStore, PrefixStore, Store
 
 from ftrain.errors import StorageError
 
@@ -60,6 +60,18 @@ class Together:
         return given
 
 
+class Apart:
+    """A rank that reads by itself: the others are not doing the same."""
+
+    world_size = 1
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def exchange(self, own: bytes) -> list[bytes]:
+        return [own]
+
+
 _numbers = itertools.count()
 
 
@@ -68,6 +80,23 @@ def peers() -> Peers:
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         return Together(next(_numbers))
     return Alone()
+
+
+def readers() -> Peers:
+    """The ranks that load together: those of `peers`, unless this one was forked anew while the others go on.
+
+    Such a rank runs its script from the beginning, by itself: the store of its group is its own, until it meets them.
+    """
+    group = peers()
+    if isinstance(group, Together) and isinstance(_innermost(dist.distributed_c10d._get_default_store()), HashStore):
+        return Apart(group.rank)
+    return group
+
+
+def _innermost(store: Store) -> Store:
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    return store
 
 
 @contextlib.contextmanager

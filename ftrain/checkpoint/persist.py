@@ -9,13 +9,15 @@ from typing import Any
 
 import msgspec
 
-from ftrain._native import Pack
 from ftrain.checkpoint.arena import Arena
 from ftrain.checkpoint.pack_plan import PackPlan
+from ftrain.checkpoint.unchanged import Memory, Split, split, written
+from ftrain.core.layout import align, image_of
 from ftrain.core.manifest import PackIndex, data_path, decode_index, encode_index, index_path, pack_path
 from ftrain.core.messages import Attempt, PackRecord
 from ftrain.errors import CorruptCheckpoint
 from ftrain.storage.base import Effort, Storage
+from ftrain.storage.pack import Pack
 from ftrain.storage.zarr_view import pack_metadata, shard_index
 
 BESIDE_TRAINING = Effort(threads=1, nice=10)
@@ -29,9 +31,12 @@ def persist_slot(
     slot: int,
     should_stop: Callable[[], bool],
     effort: Effort = BESIDE_TRAINING,
+    memory: Memory | None = None,
+    base: Attempt | None = None,
 ) -> PackRecord:
     """Write the pack that `slot` holds, and its index, durably: once this returned, the rank is prepared.
 
+    With `memory`, boxes that the commit `base` has with the same bytes are referred to, and not written again.
     The slot must stay sealed meanwhile. Raises `CorruptCheckpoint` where it holds something else, and
     `StorageError` where storage fails, or soon after `should_stop` answered True. What was written until then is
     garbage that `retain` removes.
@@ -42,15 +47,30 @@ def persist_slot(
     image = arena.image(slot)
     if (sealed.attempt, sealed.rank) != (attempt, rank) or sealed.image_bytes > image.nbytes:
         raise CorruptCheckpoint(f"{where} is of rank {sealed.rank}, {sealed.attempt}, instead of {attempt}")
-    offsets = array("Q", [box.offset for box in sealed.boxes])
-    addresses = array("Q", [image.address + offset for offset in offsets])
-    sizes = array("Q", [box.nbytes for box in sealed.boxes])
-    pack = _pack(sealed, offsets, addresses, sizes, image.address)
+    addresses = [image.address + box.offset for box in sealed.boxes]
+    known = memory.of(rank, base) if memory is not None else {}
+    found = split(sealed.boxes, addresses, known, should_stop)
+    index = _without(sealed, found) if found.stored else sealed
+    pack = _pack(
+        index,
+        array("Q", [box.offset for box in index.boxes]),
+        array("Q", [addresses[number] for number in found.changed]),
+        array("Q", [box.nbytes for box in index.boxes]),
+        0 if found.stored else image.address,
+    )
 
     def finish(boxes: list[int], chunks: list[int]) -> bytes:
-        return encode_index(_summed(sealed, boxes, chunks))
+        return encode_index(_summed(index, boxes, chunks))
 
-    return _write(storage, attempt.path, sealed, pack, finish, effort, should_stop)
+    record = _write(storage, attempt.path, index, pack, finish, effort, should_stop)
+    if memory is None:
+        return record
+    there = written(found, sealed.boxes, addresses, known, attempt, record.index_sha256, should_stop)
+    memory.remember(rank, base, attempt, there)
+    referred = [sealed.boxes[number].nbytes for number in found.stored]
+    return msgspec.structs.replace(
+        record, payload_bytes=record.payload_bytes + sum(referred), tensors=record.tensors + len(referred)
+    )
 
 
 def persist_plan(
@@ -90,6 +110,23 @@ def _pack(index: PackIndex, offsets: array[int], addresses: array[int], sizes: a
     )
 
 
+def _without(sealed: PackIndex, found: Split) -> PackIndex:
+    """The index of a pack that has the changed boxes alone, and refers to the others."""
+    boxes, end = [], 0
+    for number in found.changed:
+        boxes.append(msgspec.structs.replace(sealed.boxes[number], offset=end))
+        end += align(sealed.boxes[number].nbytes)
+    payload_bytes, chunk_bytes, _, image_bytes = image_of(end)
+    return msgspec.structs.replace(
+        sealed,
+        payload_bytes=payload_bytes,
+        chunk_bytes=chunk_bytes,
+        image_bytes=image_bytes,
+        boxes=tuple(boxes),
+        references=found.references,
+    )
+
+
 def _summed(index: PackIndex, boxes: list[int], chunks: list[int]) -> PackIndex:
     return msgspec.structs.replace(index, box_crc32c=tuple(boxes), chunk_crc32c=tuple(chunks))
 
@@ -116,4 +153,5 @@ def _write(
         payload_bytes=sum(box.nbytes for box in index.boxes),
         file_bytes=index.image_bytes,
         tensors=len(index.boxes),
+        refers=tuple(reference.attempt for reference in index.references),
     )

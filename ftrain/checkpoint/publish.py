@@ -6,20 +6,18 @@ import hashlib
 from collections.abc import Sequence
 
 from ftrain import __version__
+from ftrain.checkpoint.written import read_written
 from ftrain.core.manifest import (
     FORMAT,
     MANIFEST_PATH,
     REFERENCES_PATH,
     Manifest,
-    PackIndex,
     check_coverage,
-    data_path,
-    decode_index,
     decode_manifest,
     encode_manifest,
 )
 from ftrain.core.messages import Attempt, PackRecord
-from ftrain.errors import AlreadyExists, CorruptCheckpoint, StorageError, UnknownOutcome
+from ftrain.errors import AlreadyExists, StorageError, UnknownOutcome
 from ftrain.storage.base import Storage
 from ftrain.storage.zarr_view import references
 
@@ -32,7 +30,7 @@ def publish(storage: Storage, attempt: Attempt, world_size: int, packs: Sequence
     writer was here.
     """
     manifest = make_manifest(attempt, world_size, packs, writer)
-    indexes = [read_index(storage, attempt.path, manifest, pack) for pack in manifest.packs]
+    indexes = [written.index for written in read_written(storage, attempt.path, manifest)]
     check_coverage(indexes, attempt.path)
     publish_references(storage, attempt.path, references(indexes))
     return publish_manifest(storage, attempt.path, manifest)
@@ -56,25 +54,6 @@ def publish_manifest(storage: Storage, base: str, manifest: Manifest) -> str:
     encoded = encode_manifest(manifest)
     _create_once(storage, f"{base}/{MANIFEST_PATH}", encoded)
     return hashlib.sha256(encoded).hexdigest()
-
-
-def read_index(storage: Storage, base: str, manifest: Manifest, pack: PackRecord) -> PackIndex:
-    """The index of one of the manifest's packs below `base`, proved by its digest; its pack has the right size.
-
-    Raises `CorruptCheckpoint`, or `NotFound` where a file is gone.
-    """
-    path = f"{base}/{pack.index_path}"
-    data = storage.read(path)
-    if hashlib.sha256(data).hexdigest() != pack.index_sha256:
-        raise CorruptCheckpoint(f"{path}: the pack index of rank {pack.rank} does not match its sha256")
-    index = decode_index(data, path)
-    if (index.rank, index.attempt, index.world_size) != (pack.rank, manifest.attempt, manifest.world_size):
-        raise CorruptCheckpoint(f"{path}: is of rank {index.rank} of {index.world_size}, {index.attempt}")
-    file = f"{base}/{data_path(pack.path)}"
-    size = storage.size(file)
-    if not size == pack.file_bytes == index.image_bytes:
-        raise CorruptCheckpoint(f"{file}: the pack of rank {pack.rank} has {size} bytes instead of {pack.file_bytes}")
-    return index
 
 
 def _create_once(storage: Storage, path: str, data: bytes) -> None:

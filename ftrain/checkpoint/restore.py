@@ -5,73 +5,52 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any
 
-import msgspec
 import torch
 
 from ftrain import _native
 from ftrain.checkpoint.arena import Image
+from ftrain.checkpoint.comparison import compare
+from ftrain.checkpoint.device import begin_upload
 from ftrain.checkpoint.host import lies_in_host_memory
 from ftrain.checkpoint.items import TensorItem
 from ftrain.checkpoint.look import host_addresses
-from ftrain.checkpoint.publish import read_index
+from ftrain.checkpoint.source import TensorInfo, Wanted
+from ftrain.checkpoint.straight import add_straight
+from ftrain.checkpoint.wanted import wanted_boxes
+from ftrain.checkpoint.written import Written, read_written
 from ftrain.core import plain as plain_data
-from ftrain.core.layout import Box, Entry, Piece, local_box, read_plan, split, strides
+from ftrain.core.layout import Entry, Piece, read_plan, split, strides
 from ftrain.core.manifest import (
     MANIFEST_PATH,
     BoxRecord,
     Manifest,
     PackIndex,
     check_coverage,
-    data_path,
     decode_manifest,
 )
 from ftrain.errors import CheckpointNotFound, CorruptCheckpoint, MismatchedState, NotFound
 from ftrain.storage.base import Ranges, Storage
 
-THREADS = 4  # that read indexes
 GATHER_THREADS = 2
 BUFFER_BYTES = 64 << 20  # for what does not go straight to its place, and twice that where its parts are large
-_NAMED_MAX = 5  # keys in one error
-
-
-class TensorInfo(msgspec.Struct, frozen=True, gc=False):
-    """A tensor in a checkpoint: its global shape, and its dtype as in `torch.<dtype>`."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    private: bool
-
-
-class Held(Protocol):
-    """Somebody who holds a state: what `Tracked` restores from, whatever its tier. Docs: `Checkpoint`."""
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]: ...
-
-    def private_tensors(self, rank: int) -> Mapping[str, TensorInfo] | None:
-        """None where this holder has nothing that is the rank's alone, which then stays as it is."""
-        ...
-
-    def plain(self, rank: int) -> Mapping[str, object]: ...
-
-    def read_into(self, items: Sequence[TensorItem], rank: int, *, elsewhere: Collection[str] = ()) -> None: ...
 
 
 class Checkpoint:
     """A committed checkpoint, open for reading. Its indexes are in memory, its tensors are not."""
 
-    def __init__(self, storage: Storage, path: str, manifest: Manifest, indexes: Sequence[PackIndex]) -> None:
+    def __init__(self, storage: Storage, path: str, manifest: Manifest, packs: Sequence[Written]) -> None:
         self._held: dict[int, Image] = {}  # packs that are in memory, too
         self._storage = storage
         self._path = path
         self._manifest = manifest
-        self._indexes = indexes
+        self._packs = packs  # its own by rank, then those of earlier attempts
+        self._indexes = [pack.index for pack in packs]
         self._tensors = {
-            record.key: TensorInfo(record.dtype, record.shape, private=False)
-            for index in indexes
+            record.key: TensorInfo(record.dtype, record.shape)
+            for index in self._indexes
             for record in index.boxes
             if not record.private
         }
@@ -97,12 +76,11 @@ class Checkpoint:
             raise CorruptCheckpoint(f"{where}: the manifest is not the one that was committed")
         manifest = decode_manifest(data, where)
         try:
-            with ThreadPoolExecutor(min(THREADS, manifest.world_size), "ftrain-restore") as pool:
-                indexes = list(pool.map(lambda pack: read_index(storage, path, manifest, pack), manifest.packs))
+            packs = read_written(storage, path, manifest)
         except NotFound as error:
             raise CorruptCheckpoint(f"{where}: names a file that is gone: {error}") from error
-        check_coverage(indexes, path)
-        return cls(storage, path, manifest, indexes)
+        check_coverage([pack.index for pack in packs], path)
+        return cls(storage, path, manifest, packs)
 
     @property
     def world_size(self) -> int:
@@ -112,6 +90,20 @@ class Checkpoint:
     @property
     def manifest(self) -> Manifest:
         return self._manifest
+
+    @property
+    def url(self) -> str:
+        return f"{self._storage.url}/{self._path}"
+
+    @property
+    def step(self) -> int:
+        """The number of steps that were done when it was saved."""
+        return self._manifest.attempt.step
+
+    @property
+    def names(self) -> set[str]:
+        """What the state had on any rank, by name."""
+        return {name for tracked in self._tracked_by_rank().values() for name in tracked}
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -124,7 +116,9 @@ class Checkpoint:
             return {}
         return {
             record.key: TensorInfo(record.dtype, record.shape, private=True)
-            for record in self._indexes[rank].boxes
+            for index in self._indexes
+            if index.rank == rank
+            for record in index.boxes
             if record.private
         }
 
@@ -135,9 +129,24 @@ class Checkpoint:
         """The plain data that this rank saved, by name. `rank` is below `world_size`."""
         return {name: plain_data.decode(value) for name, value in self._indexes[rank].plain.items()}
 
+    def others(self, rank: int) -> Iterator[tuple[int, dict[str, object]]]:
+        """Other ranks and their plain data, each only where the state differs from that of the ranks before."""
+        for other in self._tracked_by_rank():
+            if other != rank:
+                yield other, self.plain(other)
+
+    def _tracked_by_rank(self) -> dict[int, dict[str, Any]]:
+        """What ranks say of the state, as it is encoded, by the first rank that says it."""
+        found: dict[int, dict[str, Any]] = {}
+        for index in self._indexes[: self.world_size]:
+            tracked = index.plain.get("tracked")
+            if isinstance(tracked, dict) and tracked not in found.values():
+                found[index.rank] = tracked
+        return found
+
     def hold(self, pack: int, sealed: PackIndex, image: Image) -> bool:
         """Take a pack from memory, where its bytes prove right there. False where `sealed` is of another checkpoint."""
-        index = self._indexes[pack]
+        index = self._indexes[pack]  # of a pack that refers to others, the boxes lie elsewhere in memory
         if (sealed.attempt, sealed.rank, sealed.boxes) != (index.attempt, index.rank, index.boxes):
             return False
         self._held[pack] = image
@@ -151,36 +160,50 @@ class Checkpoint:
         `CorruptCheckpoint` naming tensor, rank, file and offset where bytes are damaged: what was filled until then
         is of no use.
         """
+        reading = self._reading()
+        if self.world_size == 1 and add_straight(items, self._indexes[0], 0, reading.ranges):
+            self._carry_out(reading)
+            return
         self._check(items, rank, elsewhere)
-        ranges = Ranges([self._file(pack) for pack in range(self.world_size)])
-        proofs: list[tuple[str, int]] = []  # key and pack of each range
-        indirect: list[tuple[Piece, _Target]] = []
         for private in (False, True):
             chosen = [item for item in items if item.spec.private == private]
-            if not chosen:
-                continue
-            rest = self._add_whole(chosen, private, rank, ranges, proofs)
-            boxes = [local_box(item.spec, rank) for item in rest]
-            wanted = [(item.spec.key, box) for item, box in zip(rest, boxes, strict=True) if box is not None]
-            targets = [_Target(item.local, box) for item, box in zip(rest, boxes, strict=True) if box is not None]
-            for piece in read_plan(wanted, self._entries(private, rank)) if wanted else ():
-                target = targets[piece.wanted]
-                if target.takes_directly(piece):
-                    entry = piece.entry
-                    ranges.add(entry.pack, entry.crc32c, piece.offset, piece.nbytes, target.place(piece).data_ptr())
-                    proofs.append((entry.key, entry.pack))
-                else:
-                    indirect += [(part, target) for part in split(piece)]
+            rest = self._add_whole(chosen, private, rank, reading) if chosen else []
+            self._add(wanted_boxes(rest, rank), private, rank, reading)
+        self._carry_out(reading)
+
+    def read(self, wanted: Sequence[Wanted]) -> None:
+        """Fill boxes of tensors that the ranks shared. Proves every byte, and raises `CorruptCheckpoint`."""
+        reading = self._reading()
+        self._add(wanted, private=False, rank=0, reading=reading)
+        self._carry_out(reading)
+
+    def _reading(self) -> _Reading:
+        return _Reading(Ranges([pack.file for pack in self._packs]))
+
+    def _add(self, wanted: Sequence[Wanted], private: bool, rank: int, reading: _Reading) -> None:
+        if not wanted:
+            return
+        targets = [_Target(one) for one in wanted]
+        for piece in read_plan([(one.key, one.box) for one in wanted], self._entries(private, rank)):
+            target = targets[piece.wanted]
+            if target.takes_directly(piece):
+                entry, address = piece.entry, target.place(piece).data_ptr()
+                reading.ranges.add(entry.pack, entry.crc32c, piece.offset, piece.nbytes, address)
+                reading.proofs.append((entry.key, entry.pack))
+            else:
+                reading.indirect.extend([(part, target) for part in split(piece)])
+
+    def _carry_out(self, reading: _Reading) -> None:
+        ranges = reading.ranges
         for place in self._read(ranges):
-            raise self._damaged(*proofs[place], ranges.offsets[place], ranges.sizes[place])
-        for batch in _batches(indirect):
+            key, pack = reading.proofs[place] if reading.proofs else (self._indexes[0].boxes[place].key, 0)
+            raise self._damaged(key, pack, ranges.offsets[place], ranges.sizes[place])
+        for batch in _batches(reading.indirect):
             self._read_through_buffer(batch)
 
-    def _add_whole(
-        self, items: Sequence[TensorItem], private: bool, rank: int, ranges: Ranges, proofs: list[tuple[str, int]]
-    ) -> list[TensorItem]:
+    def _add_whole(self, items: Sequence[TensorItem], private: bool, rank: int, reading: _Reading) -> list[TensorItem]:
         """Add the ranges of tensors that were saved in one box and are wanted in one; return the other items."""
-        packs = range(self.world_size) if not private else [rank] if rank < self.world_size else []
+        packs = [number for number, pack in enumerate(self._packs) if not private or pack.rank == rank]
         found = {
             record.key: (pack, record, crc32c)
             for pack in packs
@@ -199,6 +222,7 @@ class Checkpoint:
                 direct.append(local)
             else:
                 rest.append(item)
+        ranges = reading.ranges
         ranges.files.extend([pack for pack, _, _ in records])
         ranges.sums.extend([crc32c for _, _, crc32c in records])
         ranges.offsets.extend([record.offset for _, record, _ in records])
@@ -206,37 +230,22 @@ class Checkpoint:
         if rest or addresses is None:
             addresses = array("Q", map(torch.Tensor.data_ptr, direct))
         ranges.addresses.extend(addresses)
-        proofs += [(record.key, pack) for pack, record, _ in records]
+        reading.proofs.extend([(record.key, pack) for pack, record, _ in records])
         return rest
 
     def _entries(self, private: bool, rank: int) -> Iterable[Entry]:
-        if not private:
-            return (entry for index in self._indexes for entry in index.entries(private=False))
-        return self._indexes[rank].entries(private=True) if rank < self.world_size else ()
+        return (
+            entry
+            for number, index in enumerate(self._indexes)
+            if not private or index.rank == rank
+            for entry in index.entries(private, number)
+        )
 
     def _check(self, items: Sequence[TensorItem], rank: int, elsewhere: Collection[str]) -> None:
         own = self.private_tensors(rank) if any(item.spec.private for item in items) else {}
-        missing, different = [], []
-        shared = self._tensors
-        for spec in [item.spec for item in items]:
-            saved = (own if spec.private else shared).get(spec.key)
-            if saved is None:
-                missing.append(spec.key)
-            elif saved.shape != spec.shape or saved.dtype != spec.dtype:
-                different.append(
-                    f"{spec.key} ({saved.dtype}{list(saved.shape)} saved, {spec.dtype}{list(spec.shape)} here)"
-                )
-        asked = {item.spec.key for item in items if not item.spec.private} | set(elsewhere)
-        extra = [] if asked >= shared.keys() else [key for key in shared if key not in asked]
-        found = [
-            _named("not in the checkpoint", missing),
-            _named("only in the checkpoint", extra),
-            _named("different", different),
-        ]
-        if any(found):
-            raise MismatchedState(
-                f"{self._storage.url}/{self._path} is of another model or optimizer: {'; '.join(filter(None, found))}"
-            )
+        found = compare((item.spec for item in items), self._tensors, own, elsewhere)
+        if str(found):
+            raise MismatchedState(f"{self.url} is of another model or optimizer: {found}")
 
     def _read(self, ranges: Ranges) -> list[int]:
         """The places of ranges that are damaged, from wherever their bytes were nearest."""
@@ -260,7 +269,7 @@ class Checkpoint:
     def _read_through_buffer(self, batch: Sequence[tuple[Piece, _Target]]) -> None:
         """Read what does not go straight to its place, and move it there. Chunks prove a part of an entry."""
         spans = [self._span(piece) for piece, _ in batch]
-        ranges = Ranges([self._file(pack) for pack in range(self.world_size)])
+        ranges = Ranges([pack.file for pack in self._packs])
         sources: list[int] = []  # of each range, its place in the batch
         pinned = any(target.is_on_device for _, target in batch)
         room = sum(_aligned(end - begin) for begin, end in spans)
@@ -281,10 +290,17 @@ class Checkpoint:
         for place in self._read(ranges):
             entry = batch[sources[place]][0].entry
             raise self._damaged(entry.key, entry.pack, ranges.offsets[place], ranges.sizes[place])
+        uploads: list[tuple[int, torch.Tensor]] = []
         for (piece, target), (begin, _), place in zip(batch, spans, places, strict=True):
             start = place + piece.offset - begin
             elements = buffer[start : start + piece.nbytes].view(target.bits)
-            target.place(piece).copy_(elements.as_strided(piece.box.shape, strides(piece.entry.box)))
+            found = elements.as_strided(piece.box.shape, strides(piece.entry.box))
+            if target.is_on_device and found.is_contiguous():
+                uploads.append((found.data_ptr(), target.place(piece)))
+            else:
+                target.place(piece).copy_(found)
+        if uploads:
+            begin_upload(uploads).wait()
 
     def _span(self, piece: Piece) -> tuple[int, int]:
         """The bytes of the pack to be read for a piece: itself, or all chunks that it touches."""
@@ -294,24 +310,29 @@ class Checkpoint:
         chunk = self._indexes[piece.entry.pack].chunk_bytes
         return begin // chunk * chunk, -(-end // chunk) * chunk
 
-    def _file(self, pack: int) -> str:
-        return f"{self._path}/{data_path(self._manifest.packs[pack].path)}"
-
     def _damaged(self, key: str, pack: int, offset: int, nbytes: int) -> CorruptCheckpoint:
         return CorruptCheckpoint(
-            f"{self._storage.url}/{self._file(pack)}: the {nbytes} bytes at offset {offset} do not match their "
-            f"checksum (tensor {key}, saved by rank {pack}); restore from another checkpoint"
+            f"{self._storage.url}/{self._packs[pack].file}: the {nbytes} bytes at offset {offset} do not match their "
+            f"checksum (tensor {key}, saved by rank {self._packs[pack].rank}); restore from another checkpoint"
         )
 
 
-class _Target:
-    """A local tensor that is being filled, and the box that it is. Elements are moved as integers, never converted."""
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """What is to be read: ranges that go to their place, each with the key and the pack that it is of, and pieces."""
 
-    def __init__(self, local: torch.Tensor, box: Box) -> None:
-        assert tuple(local.shape) == box.shape, f"a tensor of shape {tuple(local.shape)} for a box of {box.shape}"
-        self._box = box
-        self.bits = _BITS[local.element_size()]
-        self._bits = local.detach().view(self.bits)
+    ranges: Ranges
+    proofs: list[tuple[str, int]] = field(default_factory=list)
+    indirect: list[tuple[Piece, _Target]] = field(default_factory=list)
+
+
+class _Target:
+    """A tensor that is being filled, and the box that it is. Elements are moved as integers, never converted."""
+
+    def __init__(self, wanted: Wanted) -> None:
+        self._box = wanted.box
+        self.bits = _BITS[wanted.into.element_size()]
+        self._bits = wanted.into.detach().view(self.bits)
 
     @property
     def is_on_device(self) -> bool:
@@ -331,13 +352,6 @@ class _Target:
 
 # Copies between equal types move bits as they are; 16 bytes have no integer.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
-
-
-def _named(what: str, keys: Sequence[str]) -> str:
-    if not keys:
-        return ""
-    more = f" and {len(keys) - _NAMED_MAX} more" if len(keys) > _NAMED_MAX else ""
-    return f"{what}: {', '.join(keys[:_NAMED_MAX])}{more}"
 
 
 def _aligned(nbytes: int) -> int:

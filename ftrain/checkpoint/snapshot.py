@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,13 +10,14 @@ import torch
 
 from ftrain.checkpoint.agreement import encode_plain, encode_specs, exchange_specs, refuse_twice
 from ftrain.checkpoint.arena import Arena
-from ftrain.checkpoint.items import TensorItem
+from ftrain.checkpoint.items import TensorItem, written_of
 from ftrain.checkpoint.pack_plan import CleanSlots, PackPlan
 from ftrain.checkpoint.stage import StagePlan, Stager, Staging
 from ftrain.core.layout import TensorSpec, WriteItem, describe, image_of, whole, write_plan
 from ftrain.core.messages import Attempt
 from ftrain.errors import MismatchedState, ProtocolError
 
+log = logging.getLogger("ftrain.snapshot")
 SLOTS = 2  # one sealed and being persisted, one being filled
 INDEX_SLACK_BYTES = 256 << 10
 PRIVATE_SLACK_BYTES = 256 << 10
@@ -28,7 +30,13 @@ class _Ready:
     items: Sequence[TensorItem]
     pack: PackPlan
     stage: StagePlan
-    tensors: list[torch.Tensor]
+    locals: list[torch.Tensor]  # of which the pack's boxes are all or a part
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What the pack's boxes hold, wherever that lies by now."""
+        if not self.pack.has_parts:
+            return self.locals
+        return [written_of(write, local) for write, local in zip(self.pack.writes, self.locals, strict=True)]
 
 
 class Snapshotter:
@@ -74,6 +82,9 @@ class Snapshotter:
         private = sum(write.nbytes for write in pack.writes if write.spec.private)
         room = image_of(pack.layout.payload_bytes + private // 4 + PRIVATE_SLACK_BYTES)[-1]
         self._arena.reserve(SLOTS, room, _with_slack(index), self._bytes_max)
+        images = [self._arena.image(slot) for slot in range(self._arena.slots)]
+        if hindrance := self._stager.pin(images, [item.local for item in items]):
+            log.warning("snapshots of what is on the GPU are slower than they could be: %s", hindrance)
 
     def take(
         self, slot: int, attempt: Attempt, items: Sequence[TensorItem], plain: Mapping[str, object]
@@ -92,7 +103,7 @@ class Snapshotter:
             raise ProtocolError(f"slot {slot} was asked for, but the arena has {self._arena.slots}")
         self._arena.grow(slot, ready.pack.layout.image_bytes, len(index), self._bytes_max)
         self._arena.clear_index(slot)
-        staging = self._stager.begin(ready.stage, ready.tensors, self._slots.image(slot, ready.pack))
+        staging = self._stager.begin(ready.stage, ready.tensors(), self._slots.image(slot, ready.pack))
 
         def finish() -> Staging:
             staging.finish()

@@ -17,11 +17,12 @@ import msgspec
 from ftrain.checkpoint.agreement import Agreed
 from ftrain.checkpoint.peers import Peers, together
 from ftrain.checkpoint.persist import persist_plan
+from ftrain.checkpoint.pins import KEPT, is_pin_name
 from ftrain.checkpoint.publish import make_manifest, publish_manifest, publish_references
 from ftrain.core.manifest import MANIFEST_PATH, REFERENCES_PATH
 from ftrain.core.messages import Attempt, PackRecord
 from ftrain.errors import AlreadyExists, UsageError
-from ftrain.storage import Storage, open_storage
+from ftrain.storage import open_parent
 from ftrain.storage.base import Effort
 
 WRITER = "save"
@@ -30,16 +31,12 @@ _RECORD = msgspec.json.Decoder(PackRecord)
 
 
 class Target:
-    """Where one checkpoint goes. Raises `UsageError` where that cannot be."""
+    """Where one checkpoint goes: `path`, or, with `keep`, that name below it. Raises `UsageError` where it cannot."""
 
-    def __init__(self, path: str | Path, step: int) -> None:
+    def __init__(self, path: str | Path, step: int, keep: str | None = None) -> None:
         if step < 0:
             raise UsageError(f"step={step}: the number of a step cannot be negative")
-        place = Path(path).absolute()
-        if "://" in str(path) or not place.name:
-            raise UsageError(f"{path}: name the directory that is to become the checkpoint")
-        self._storage: Storage = open_storage(str(place.parent))
-        self._base = place.name
+        self._storage, self._base = open_parent(path if keep is None else _kept(path, keep))
         self._attempt = Attempt(1, step, 1)
 
     def __str__(self) -> str:
@@ -53,10 +50,12 @@ class Target:
         plain: Mapping[str, Any],
         effort: Effort,
         image: int = 0,
+        settle: Callable[[], None] = lambda: None,
     ) -> None:
         """Write all packs, then the manifest. A collective: it is committed for all ranks, or fails on all of them.
 
-        `find` gives the addresses of the pack's boxes, once they may be read there. The rest is as in `persist_plan`.
+        `find` gives the addresses of the pack's boxes, once they may be read there; `settle` raises where what was
+        written is not to be committed. The rest is as in `persist_plan`.
         """
         with together(peers, f"preparing {self}"):
             addresses = find()
@@ -72,6 +71,7 @@ class Target:
             finally:
                 beside.join()
             beside.check()
+            settle()
             records = [msgspec.json.encode(record)]
         if peers.world_size > 1:
             records = peers.exchange(records[0])
@@ -94,6 +94,12 @@ class Target:
             raise UsageError(f"{self} holds {min(strange)}, which is not ftrain's; save to a directory of its own")
         if there:
             self._storage.remove_tree(self._base)
+
+
+def _kept(path: str | Path, name: str) -> str:
+    if not is_pin_name(name):
+        raise UsageError(f"keep={name!r}: a name has letters, digits, '_', '-' and '.', and begins with a letter")
+    return f"{str(path).rstrip('/')}/{KEPT}/{name}"
 
 
 class _Beside(threading.Thread):

@@ -8,6 +8,8 @@ else belongs to its rank. docs/format.md has the keys.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,13 +18,16 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from ftrain.checkpoint.agreement import Exchange, asked_by_others
 from ftrain.checkpoint.items import TensorItem
 from ftrain.checkpoint.mapping_state import MappingState
 from ftrain.checkpoint.module_state import ModuleState
 from ftrain.checkpoint.object_state import ObjectState, Stateful
 from ftrain.checkpoint.optimizer_state import OptimizerState
 from ftrain.checkpoint.part import OwnSource, Part, Saved, Source
-from ftrain.checkpoint.restore import Held
+from ftrain.checkpoint.plains import Plains
+from ftrain.checkpoint.source import Held
+from ftrain.checkpoint.terms import EVERYTHING, Terms
 from ftrain.core import plain as plain_data
 from ftrain.errors import MismatchedState, UsageError
 
@@ -35,6 +40,7 @@ class Tracked:
     def __init__(self) -> None:
         self._objects: dict[str, Source] = {}
         self._items: list[TensorItem] | None = None  # of the last `collect`
+        self._lenders: dict[str, int] = {}  # of names that this rank's own part of a checkpoint has not, which rank has
         self._rests: list[tuple[MutableMapping[str, Any], dict[str, Any]]] = []  # states, and what of them is in REST
 
     def add(self, name: str, found: object) -> None:
@@ -95,19 +101,71 @@ class Tracked:
         self._items = whole.items
         return whole
 
-    def restore(self, checkpoint: Held, rank: int, source: int) -> None:
-        """Put the state of a checkpoint back, in place. `source` is the rank whose private state this rank takes."""
-        self.fill(checkpoint, rank, source, self.prepare(checkpoint, source))
+    def restore(self, checkpoint: Held, rank: int, source: int, exchange: Exchange | None = None) -> None:
+        """Put the state of a checkpoint back, in place. `source` is the rank whose private state this rank takes.
 
-    def prepare(self, checkpoint: Held, source: int) -> list[TensorItem]:
-        """The tensors to be filled from a checkpoint. Raises `MismatchedState` where it has nothing under a name."""
-        plain: Any = checkpoint.plain(source)["tracked"]
-        for name in self._objects:
-            if name not in plain:
-                named = f"tracked as {name!r}" if name else "that is no object's or dict's"
-                raise MismatchedState(f"the checkpoint has nothing {named}: it has {', '.join(sorted(plain))}")
-        saved = Saved(checkpoint.tensors, checkpoint.private_tensors(source))
-        return [item for name, one in self._objects.items() for item in one.prepare(plain[name], saved)]
+        With `exchange` all ranks restore together, and each may ask for a part of the state: stages of a pipeline.
+        """
+        items = self.prepare(checkpoint, source)
+        elsewhere: Collection[str] = ()
+        if exchange is not None:
+            asked = {item.spec.key for item in items if not item.spec.private}
+            elsewhere = asked_by_others(checkpoint.tensors.keys() - asked, asked, exchange)
+        self.fill(checkpoint, rank, source, items, elsewhere)
+
+    @contextmanager
+    def own_options(self) -> Iterator[None]:
+        """Whatever is restored in here: optimizers keep their options, and schedulers what they count from."""
+        put_back = [one.keep_options() for one in self._objects.values() if isinstance(one, OptimizerState)]
+        objects = [one.found for one in self._objects.values() if isinstance(one, ObjectState)]
+        bases = [(found, list(found.base_lrs)) for found in objects if isinstance(found, LRScheduler)]
+        yield
+        for put in put_back:
+            put()
+        for scheduler, base_lrs in bases:
+            scheduler.base_lrs = base_lrs
+
+    def restore_modules(self, checkpoint: Held, rank: int) -> None:
+        """Put back the modules of a checkpoint alone: a run that is forked to be trained in another way.
+
+        Buffers are as rank 0 had them. Raises `MismatchedState` where one is not there, or is another one.
+        """
+        modules = Tracked()
+        modules._objects = {name: one for name, one in self._objects.items() if isinstance(one, ModuleState)}
+        modules.fill(checkpoint, rank, 0, modules.prepare(checkpoint, 0), checkpoint.tensors.keys())
+
+    def prepare(
+        self, checkpoint: Held, source: int, terms: Terms = EVERYTHING, missing: list[str] | None = None
+    ) -> list[TensorItem]:
+        """The tensors to be filled from a checkpoint, and all else made ready that `fill` takes over.
+
+        What the checkpoint lacks besides tensors goes to `missing`. Without that list this raises `MismatchedState`, as
+        it does where the checkpoint has nothing under a name and `terms` are strict.
+        """
+        private = checkpoint.private_tensors(source)
+        plains = Plains(checkpoint, source, terms)
+        lacking: list[str] = []
+        self._lenders = {}
+        items: list[TensorItem] = []
+        for name, one in self._objects.items():
+            found = plains.find(name)
+            if found is None and terms.wants_object(name) and not plains.has_tensors(name):
+                if terms.strict:
+                    raise MismatchedState(plains.nothing(name))
+                lacking.append(name)
+                continue
+            own = private
+            if found is not None and found.rank != source:
+                self._lenders[name] = found.rank
+                own = checkpoint.private_tensors(found.rank)
+            others = partial(plains.others, name)
+            saved = Saved(checkpoint.tensors, own, found.name if found else "", terms, others, lacking)
+            items += one.prepare(found.plain if found else None, saved)
+        if missing is not None:
+            missing += lacking
+        elif lacking:
+            raise MismatchedState(f"the checkpoint lacks {', '.join(lacking[:5])}: it is of another model or optimizer")
+        return items
 
     def fill(
         self,
@@ -121,9 +179,12 @@ class Tracked:
         shared = [item for item in items if not item.spec.private]
         own = [item for item in items if item.spec.private]
         checkpoint.read_into(shared, rank, elsewhere=elsewhere)
-        if own:
+        by_lender: dict[int, list[TensorItem]] = {}
+        for item in own:
+            by_lender.setdefault(self._lender(item.spec.key, source), []).append(item)
+        for lender, lent in by_lender.items():
             # What the rank kept for itself wins over what all share.
-            checkpoint.read_into(own, source, elsewhere=[*elsewhere, *(item.spec.key for item in shared)])
+            checkpoint.read_into(lent, lender, elsewhere=checkpoint.tensors.keys())
         for one in self._objects.values():
             one.finish()
         for state, rest in self._rests:
@@ -161,6 +222,15 @@ class Tracked:
         return set(self._objects)
 
     @property
+    def holders(self) -> list[str]:
+        """The names of what holds tensors of its own: modules, and dicts and lists of tensors."""
+        return [
+            name
+            for name, one in self._objects.items()
+            if isinstance(one, ModuleState) or (isinstance(one, MappingState) and one.has_tensors)
+        ]
+
+    @property
     def modules(self) -> list[nn.Module]:
         return [one.module for one in self._objects.values() if isinstance(one, ModuleState)]
 
@@ -184,6 +254,11 @@ class Tracked:
             if isinstance(one, ModuleState)
             for key, tensor in one.tensors()
         }
+
+    def _lender(self, key: str, source: int) -> int:
+        """The rank whose private tensor this rank takes."""
+        found = (rank for name, rank in self._lenders.items() if key.startswith(f"{name}."))
+        return next(found, source)
 
     def _own_sources(self) -> Iterator[tuple[str, OwnSource]]:
         for name, one in self._objects.items():

@@ -1,4 +1,4 @@
-"""Bytes and tensors between ranks, over the default process group: never pickled, always as bytes."""
+"""Bytes and tensors between ranks, over process groups: never pickled, always as bytes."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import ProcessGroup
 
 from ftrain import _native
 
 LARGE_BYTES = 1 << 20  # from here on a tensor travels by itself, straight from memory to memory
 BUFFER_BYTES = 64 << 20  # for all others, together
+_TAG = 0
 
 
 class Parcel(Protocol):
@@ -27,20 +29,36 @@ class Parcel(Protocol):
 P = TypeVar("P", bound=Parcel)
 
 
-def send_bytes(data: bytes, to: int) -> None:
-    """Send bytes of any length, as `receive_bytes` expects them."""
-    dist.send(torch.tensor([len(data)]), to)
-    if data:
-        dist.send(_tensor(data), to)
+class Wire:
+    """A way to one peer, which has another one to us: what one sends the other receives, in the same order.
 
+    `peer` is its rank in the group, by default the default one. Both ends raise what the group raises.
+    """
 
-def receive_bytes(source: int) -> bytes:
-    length = torch.zeros(1, dtype=torch.int64)
-    dist.recv(length, source)
-    data = torch.empty(int(length), dtype=torch.uint8)
-    if len(data):
-        dist.recv(data, source)
-    return data.numpy().tobytes()
+    def __init__(self, peer: int, group: ProcessGroup | None = None) -> None:
+        self._group = group if group is not None else dist.distributed_c10d._get_default_group()
+        self.peer = peer
+
+    def send(self, data: torch.Tensor) -> None:
+        self._group.send([data], self.peer, _TAG).wait()
+
+    def receive(self, data: torch.Tensor) -> None:
+        """Fill the tensor, which is as long as what was sent."""
+        self._group.recv([data], self.peer, _TAG).wait()
+
+    def send_bytes(self, data: bytes) -> None:
+        """Send bytes of any length, as `receive_bytes` expects them."""
+        self.send(torch.tensor([len(data)]))
+        if data:
+            self.send(_tensor(data))
+
+    def receive_bytes(self) -> bytes:
+        length = torch.zeros(1, dtype=torch.int64)
+        self.receive(length)
+        data = torch.empty(int(length), dtype=torch.uint8)
+        if len(data):
+            self.receive(data)
+        return data.numpy().tobytes()
 
 
 def gather_bytes(own: bytes) -> list[bytes]:

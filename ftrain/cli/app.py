@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from ftrain import __version__
+from ftrain.cli.ckpt.app import app as ckpt
 from ftrain.cli.coordinator import coordinator
 from ftrain.cli.launch import launch
 from ftrain.cli.secret import secret
@@ -24,6 +25,7 @@ app.command(
 app.command(help="Run the coordinator by itself, outside of any node.")(coordinator)
 app.command(help="Make the secret that all nodes of a run share.")(secret)
 app.command(help="Show what a run is doing.")(status)
+app.add_typer(ckpt, name="ckpt", help="Look at checkpoints, prove, compare, export, fork and prune them.")
 
 
 @app.callback(invoke_without_command=True)

@@ -21,13 +21,15 @@ from ftrain.core.run_state import Exit, RunPolicy
 from ftrain.core.supervision import RestartPolicy
 from ftrain.errors import ExitCode
 from ftrain.spec import LOOPBACK_HOSTS, STOP_GRACE_SECONDS
-from ftrain.storage import open_storage
+from ftrain.storage import Storage, open_storage
 
 log = logging.getLogger("ftrain")
 
 
 def coordinator(
-    run_dir: Annotated[Path, typer.Option("--run-dir", help="Journal and checkpoints, as the nodes see them.")],
+    run_dir: Annotated[
+        str, typer.Option("--run-dir", help="Journal and checkpoints, as the nodes see them: a directory or a URL.")
+    ],
     secret: Annotated[Path, typer.Option("--secret", help="The run's secret (`ftrain secret FILE`).")],
     rdzv_endpoint: Annotated[
         str, typer.Option("--rdzv-endpoint", "--rdzv_endpoint", help="HOST:PORT to serve at, as the nodes give it.")
@@ -38,6 +40,8 @@ def coordinator(
     checkpoint_every: Annotated[str, typer.Option("--checkpoint-every", help="As in launch.")] = "60s",
     snapshot_every: Annotated[str, typer.Option("--snapshot-every", help="As in launch.")] = "10s",
     keep: Annotated[int, typer.Option("--keep", help="As in launch.")] = 2,
+    keep_every: Annotated[str, typer.Option("--keep-every", help="As in launch.")] = "off",
+    keep_best: Annotated[list[str] | None, typer.Option("--keep-best", help="As in launch.")] = None,
     wait_for_node: Annotated[str, typer.Option("--wait-for-node", help="As in launch.")] = "10m",
     lease: Annotated[str, typer.Option("--lease", help="As in launch.")] = "10s",
 ) -> None:
@@ -48,23 +52,26 @@ def coordinator(
         rdzv_id,
         FormationPolicy(low, high, options.seconds(wait_for_node, "--wait-for-node")),
         RestartPolicy(max_restarts=max_restarts),
-        options.checkpoints(checkpoint_every, keep, snapshot_every),
+        options.checkpoints(checkpoint_every, snapshot_every, options.retention(keep, keep_every, keep_best or ())),
         options.some_seconds(lease, "--lease"),
         STOP_GRACE_SECONDS,
     )
     host, port = options.endpoint(rdzv_endpoint)
-    directory = options.directory(run_dir, "--run-dir", lambda path: path.mkdir(parents=True, exist_ok=True))
-    exit = asyncio.run(_serve(policy, directory, Secret.load(secret), host, port))
+    url, place = options.run_place(run_dir, "--run-dir")
+    directory = options.directory(place, "--run-dir", lambda path: path.mkdir(parents=True, exist_ok=True))
+    storage = open_storage(url or str(directory))
+    storage.check()
+    exit = asyncio.run(_serve(policy, storage, directory, Secret.load(secret), host, port))
     log.info("%s", exit.summary.partition("\n")[0])
     raise typer.Exit(exit.code)
 
 
-async def _serve(policy: RunPolicy, run_dir: Path, secret: Secret, host: str, port: int) -> Exit:
+async def _serve(policy: RunPolicy, storage: Storage, run_dir: Path, secret: Secret, host: str, port: int) -> Exit:
     hosts = LOOPBACK if host in LOOPBACK_HOSTS else EVERYWHERE
-    service = CoordinatorHost(policy, open_storage(str(run_dir)), secret, hosts, port, run_dir)
+    service = CoordinatorHost(policy, storage, secret, hosts, port, run_dir)
     port = await service.start()
     write_whereabouts(run_dir, host, port)
-    log.info("serving run %s at %s:%d", run_dir, host, port)
+    log.info("serving run %s at %s:%d", storage.url, host, port)
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)

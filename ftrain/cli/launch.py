@@ -81,16 +81,30 @@ def launch(
         typer.Option("--shutdown-timeout", "--shutdown_timeout", help="Seconds from SIGTERM to SIGKILL for workers."),
     ] = STOP_GRACE_SECONDS,
     run_dir: Annotated[
-        Path | None,
-        typer.Option("--run-dir", help="Journal, checkpoints, logs; an existing one is continued. Default ./runs/..."),
-    ] = None,
+        str,
+        typer.Option(
+            "--run-dir",
+            help="Journal, checkpoints, logs; an existing one is continued. Default ./runs/... With s3://, gs:// or "
+            "az:// journal and checkpoints go there, the rest to --log-dir or ./runs/...",
+        ),
+    ] = "",
     checkpoint_every: Annotated[
         str, typer.Option("--checkpoint-every", help="Steps (100), time (30s, 5m), or off.")
     ] = "60s",
     snapshot_every: Annotated[
         str, typer.Option("--snapshot-every", help="In memory, between commits: steps (10), time (10s), or off.")
     ] = "10s",
-    keep: Annotated[int, typer.Option("--keep", help="Commits to keep.")] = 2,
+    keep: Annotated[int, typer.Option("--keep", help="So many of the newest commits stay.")] = 2,
+    keep_every: Annotated[
+        str, typer.Option("--keep-every", help="One commit stays every so often: steps (1000), time (6h), or off.")
+    ] = "off",
+    keep_best: Annotated[
+        list[str] | None,
+        typer.Option("--keep-best", help="The best by a logged metric stay: 2:loss, or 2:accuracy:max; repeatable."),
+    ] = None,
+    persist_rate: Annotated[
+        str, typer.Option("--persist-rate", help="A second, to storage, from this node: 500MB, 2GB, 1.5GiB, or off.")
+    ] = "off",
     secret: Annotated[
         Path | None, typer.Option("--secret", help="The run's secret (`ftrain secret FILE`), for several nodes.")
     ] = None,
@@ -120,7 +134,7 @@ def launch(
     )
     conf = options.rendezvous(rdzv_conf)
     wait = options.seconds(conf.get("join_timeout", wait_for_node), "--wait-for-node")
-    directory = _run_dir(run_dir, topology, program)
+    store_url, directory = _run_dir(run_dir, log_dir, topology, program)
     logs = log_dir if log_dir is not None else directory / "logs"
     logs = options.directory(logs, "--log-dir", lambda path: path.mkdir(parents=True, exist_ok=True))
     if not topology.single and secret is None:
@@ -137,13 +151,17 @@ def launch(
         secret_path=secret,
         role=role,
         restart=RestartPolicy(max_restarts=max_restarts),
-        checkpoint=options.checkpoints(checkpoint_every, keep, snapshot_every),
+        checkpoint=options.checkpoints(
+            checkpoint_every, snapshot_every, options.retention(keep, keep_every, keep_best or ())
+        ),
         grace_seconds=options.seconds(grace, "--grace"),
         wait_seconds=wait,
         lease_seconds=options.some_seconds(lease, "--lease"),
         last_call_seconds=options.seconds(conf.get("last_call_timeout", "5"), "--rdzv-conf last_call_timeout"),
         stop_grace_seconds=shutdown_timeout,
         peer_copies=options.switch(peer_copies, "--peer-copies"),
+        persist_bytes_per_second_max=options.rate(persist_rate, "--persist-rate"),
+        store_url=store_url,
     )
     raise typer.Exit(run_job(spec))
 
@@ -195,15 +213,17 @@ def _topology(
     return Topology(low, high, max(node_rank, -1), count, host, port, local_addr)
 
 
-def _run_dir(asked: Path | None, topology: Topology, program: Program) -> Path:
-    if asked is None and not topology.single:
+def _run_dir(asked: str, log_dir: Path | None, topology: Topology, program: Program) -> tuple[str, Path]:
+    """The URL of the run if it is in an object store, and its directory on this node."""
+    if not asked and not topology.single:
         raise UsageError("several nodes need --run-dir DIR, the same on each, on storage that all of them see")
-    if asked is not None and re.match(r"[a-z0-9]+:/", str(asked)):  # a Path has one slash of an address's two
-        raise UsageError(f"--run-dir {asked}: only directories are supported")
-    if asked is None:
+    if not asked:
         stem = re.sub(r"[^A-Za-z0-9_.-]", "_", Path(program.target).stem)
-        asked = Path("runs") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    return options.directory(asked, "--run-dir", lambda path: path.mkdir(parents=True, exist_ok=True))
+        asked = str(Path("runs") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+    url, place = options.run_place(asked, "--run-dir")
+    if url and log_dir is not None:
+        place = log_dir
+    return url, options.directory(place, "--run-dir", lambda path: path.mkdir(parents=True, exist_ok=True))
 
 
 def _output(logs: Path, redirects: str, tee: str, shown: str, count: int) -> Output:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import re
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
+from ftrain.core.retention import Best, RetentionPolicy
 from ftrain.core.schedule import CheckpointPolicy
 from ftrain.errors import Unavailable, UsageError
+from ftrain.storage.opening import is_url, open_storage
 
 DEFAULT_PORT = 29500  # torchrun's
 RESOLVE_SECONDS = 1.0
@@ -88,6 +92,19 @@ def some_seconds(text: str, flag: str) -> float:
     return found
 
 
+def rate(text: str, flag: str) -> int:
+    """Bytes a second: `500MB`, `2GB`, `512MiB`, `1000000`; `off` is 0."""
+    if text == "off":
+        return 0
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text)
+    if match is None or (match[3] and not match[2]):
+        raise UsageError(f"{flag} {text}: give bytes a second such as 500MB, 2GB or 512MiB, or off")
+    found = int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2] or " "))
+    if not 0 < found < 1 << 63:
+        raise UsageError(f"{flag} {text}: needs at least one byte a second, and less than 8 EiB; off for no bound")
+    return found
+
+
 def switch(text: str, flag: str) -> bool:
     """`on` or `off`."""
     if text not in ("on", "off"):
@@ -95,13 +112,29 @@ def switch(text: str, flag: str) -> bool:
     return text == "on"
 
 
-def checkpoints(every: str, keep: int, snapshot_every: str) -> CheckpointPolicy:
+def checkpoints(every: str, snapshot_every: str, keep: RetentionPolicy) -> CheckpointPolicy:
     """Both periods are `100` (steps), `30s`, `5m`, `1h`, or `off`."""
-    if keep < 1:
-        raise UsageError(f"--keep {keep}: at least the newest commit has to be kept")
     steps, seconds_ = _period(every, "--checkpoint-every")
     snapshot_steps, snapshot_seconds = _period(snapshot_every, "--snapshot-every")
     return CheckpointPolicy(steps, seconds_, keep, snapshot_steps=snapshot_steps, snapshot_seconds=snapshot_seconds)
+
+
+def retention(last: int, every: str, best: Sequence[str]) -> RetentionPolicy:
+    """`every` is a period, as for `checkpoints`; each of `best` is `2:loss` (the smallest) or `2:accuracy:max`."""
+    if last < 1:
+        raise UsageError(f"--keep {last}: at least the newest commit has to be kept")
+    steps, seconds_ = _period(every, "--keep-every")
+    return RetentionPolicy(last, steps, seconds_, tuple(_best(text) for text in best))
+
+
+def _best(text: str) -> Best:
+    match = re.fullmatch(r"([1-9]\d{0,5}):([^:]+)(?::(min|max))?", text)
+    if match is None:
+        raise UsageError(
+            f"--keep-best {text}: give how many, and a name that step.log is given: 2:loss for the smallest, "
+            "2:accuracy:max for the largest"
+        )
+    return Best(int(match[1]), match[2], largest=match[3] == "max")
 
 
 def _period(every: str, flag: str) -> tuple[int, float]:
@@ -167,6 +200,24 @@ def directory(path: Path, flag: str, make: Callable[[Path], None]) -> Path:
     except OSError as error:
         raise UsageError(f"{flag} {path}: cannot be written ({error.strerror}); give a directory that can") from None
     return path.resolve()
+
+
+def run_place(given: str | Path, flag: str) -> tuple[str, Path]:
+    """Where the journal and the checkpoints are, "" for the directory itself, and the directory on this node.
+
+    A run in an object store has its other files in a directory whose name follows from the URL, below ./runs.
+    """
+    text = str(given)
+    if not is_url(text):
+        return "", Path(text)
+    if text.startswith("file://"):
+        return "", Path(unquote(urlsplit(text).path))
+    url = text.rstrip("/")
+    storage = open_storage(url)  # a wrong URL is told before anything is made
+    if not url.partition("://")[2].partition("/")[2]:
+        raise UsageError(f"{flag} {text}: name a run in the bucket, as in {url}/NAME")
+    name = re.sub(r"[^A-Za-z0-9_.-]", "_", url.rpartition("/")[2])
+    return storage.url, Path("runs") / f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"
 
 
 def is_local(host: str) -> bool:

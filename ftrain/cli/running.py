@@ -19,15 +19,16 @@ from ftrain import __version__
 from ftrain.agent import environment
 from ftrain.agent.agent import Agent
 from ftrain.agent.coordinator_host import CoordinatorHost
+from ftrain.agent.interface import is_loopback, outward_address
 from ftrain.cli import options
 from ftrain.cli.policy import run_policy
-from ftrain.control.client import Client
+from ftrain.control.client import Client, endpoint_text, fetch_status
 from ftrain.control.secret import Secret
 from ftrain.control.service import EVERYWHERE, LOOPBACK
 from ftrain.core import messages as m
 from ftrain.core import node
 from ftrain.core.membership import FormationPolicy
-from ftrain.errors import ExitCode, Unavailable, UsageError
+from ftrain.errors import ExitCode, FtrainError, Unavailable, UsageError
 from ftrain.spec import JobSpec
 from ftrain.storage import open_storage
 
@@ -41,7 +42,11 @@ def run_job(spec: JobSpec) -> int:
     set_up_logging(f"ftrain{'' if spec.topology.single else f' node {spec.topology.node_rank}'}")
     signal.signal(signal.SIGTERM, _leave_before_start)  # until the agent has its own handler
     secret = _secret(spec)
-    log.info("run directory %s", spec.run_dir)
+    if spec.store_url:
+        log.info("run in %s; logs, events and the secret in %s", spec.store_url, spec.run_dir)
+    else:
+        log.info("run directory %s", spec.run_dir)
+    open_storage(spec.storage).check()
     try:
         exit = asyncio.run(_run(spec, secret))
     except KeyboardInterrupt:
@@ -77,9 +82,8 @@ def _conclude(exit: node.Exit, spec: JobSpec) -> int:
         print(details.rstrip(), file=sys.stderr)
     log.log(logging.INFO if exit.code in (0, ExitCode.PREEMPTED) else logging.ERROR, "%s", headline or "done")
     if exit.code not in (0, ExitCode.UNAVAILABLE, ExitCode.REFUSED, ExitCode.USAGE):
-        log.info(
-            "logs and checkpoints are in %s; the same command with --run-dir %s goes on", spec.run_dir, spec.run_dir
-        )
+        kept = f"checkpoints are in {spec.store_url}, logs in" if spec.store_url else "logs and checkpoints are in"
+        log.info("%s %s; the same command with --run-dir %s goes on", kept, spec.run_dir, spec.storage)
     return exit.code
 
 
@@ -90,7 +94,7 @@ async def _run(spec: JobSpec, secret: Secret) -> node.Exit:
     if host is not None:
         address, port = ("127.0.0.1" if topology.loopback else topology.host), host[1]
     client = Client(f"[{address}]:{port}" if ":" in address else f"{address}:{port}", secret)
-    agent = Agent(spec, await _hello(spec, address, port), client, open_storage(str(spec.run_dir)), secret)
+    agent = Agent(spec, await _hello(spec, address, port), client, open_storage(spec.storage), secret)
     agent_task = asyncio.create_task(agent.run())
     if host is None:
         exit = await agent_task
@@ -118,7 +122,7 @@ async def _host(spec: JobSpec, secret: Secret) -> tuple[tuple[CoordinatorHost, i
     """The coordinator and its port, if its place is on this node. If something else has that port: none, and why."""
     topology = spec.topology
     first = topology.node_rank == 0 or (topology.node_rank < 0 and options.is_local(topology.host))
-    if not first:
+    if not first or await _is_served_elsewhere(spec, secret):
         return None, ""
     _check_unused(spec.run_dir, topology.port)
     hosts = LOOPBACK if topology.loopback else EVERYWHERE
@@ -126,7 +130,7 @@ async def _host(spec: JobSpec, secret: Secret) -> tuple[tuple[CoordinatorHost, i
     policy = run_policy(
         spec.run_id, formation, spec.restart, spec.checkpoint, spec.lease_seconds, spec.stop_grace_seconds
     )
-    host = CoordinatorHost(policy, open_storage(str(spec.run_dir)), secret, hosts, topology.port, spec.run_dir)
+    host = CoordinatorHost(policy, open_storage(spec.storage), secret, hosts, topology.port, spec.run_dir)
     try:
         port = await host.start()
     except Unavailable as error:
@@ -136,6 +140,19 @@ async def _host(spec: JobSpec, secret: Secret) -> tuple[tuple[CoordinatorHost, i
         return None, str(error)
     write_whereabouts(spec.run_dir, "127.0.0.1" if topology.loopback else topology.host, port)
     return (host, port), ""
+
+
+async def _is_served_elsewhere(spec: JobSpec, secret: Secret) -> bool:
+    """Whether the endpoint is another host's, and `ftrain coordinator` answers there."""
+    topology = spec.topology
+    if topology.single or options.is_local(topology.host):
+        return False
+    try:
+        await fetch_status(endpoint_text(topology.host, topology.port), secret)
+    except FtrainError:
+        return False  # nobody yet: the endpoint may be a name for this host that it does not know itself
+    log.info("a coordinator serves at %s", endpoint_text(topology.host, topology.port))
+    return True
 
 
 def write_whereabouts(run_dir: Path, host: str, port: int) -> None:
@@ -170,6 +187,8 @@ async def _hello(spec: JobSpec, address: str, port: int) -> m.Hello:
     own = topology.local_address or (
         "127.0.0.1" if topology.loopback else await options.own_address(address, port, spec.wait_seconds)
     )
+    if is_loopback(own) and not topology.loopback:  # the endpoint's name is another address to the other nodes
+        own = outward_address() or own
     return m.Hello(
         node=uuid.uuid4().hex,
         node_rank=topology.node_rank,

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ftrain.agent.story import number
+from ftrain.cli import options
 from ftrain.cli.running import SECRET_NAME, WHEREABOUTS
 from ftrain.control.client import fetch_status
 from ftrain.control.secret import Secret
@@ -19,16 +20,17 @@ from ftrain.errors import UsageError
 
 
 def status(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The run's directory.")],
+    run: Annotated[str, typer.Argument(metavar="RUN_DIR", help="The run's directory or URL, as for launch.")],
     secret: Annotated[Path | None, typer.Option("--secret", help="For runs of several nodes.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
 ) -> None:
     """Show the run's phase, ranks, commits and interruptions."""
+    _, run_dir = options.run_place(run, "RUN_DIR")
     try:
         found = json.loads((run_dir / WHEREABOUTS).read_text())
         endpoint = f"{found['host']}:{found['port']}"
     except (OSError, ValueError, KeyError, TypeError):
-        raise UsageError(f"{run_dir}: no run has been started here") from None
+        raise UsageError(f"{run}: no run has been started here") from None
     picture = asyncio.run(fetch_status(endpoint, Secret.load(secret or run_dir / SECRET_NAME)))
     if as_json:
         print(json.dumps(picture))

@@ -22,6 +22,7 @@ import msgspec
 from ftrain.control.channel import FRAME_BYTES_LIMIT, Channel, decode_from_coordinator, encode
 from ftrain.control.refusals import printable
 from ftrain.control.secret import Secret
+from ftrain.control.silence import bound_silence
 from ftrain.core.messages import FromAgent, FromCoordinator, Hello
 from ftrain.errors import FtrainError, ProtocolError, Refused, Unavailable, UsageError
 
@@ -142,7 +143,7 @@ class Client:
                 future.cancel()
             await asyncio.gather(opening, stopped, return_exceptions=True)
         raw = websocket.get_extra_info("socket")
-        raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        bound_silence(raw)
         raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return Channel(websocket, where, lambda: _shut(raw))
 

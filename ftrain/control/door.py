@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from ftrain.control.refusals import Refusals
+from ftrain.control.silence import bound_silence
 from ftrain.errors import Unavailable
 
 OPENING_SECONDS = 5.0
@@ -141,7 +142,7 @@ class Door:
         try:
             async with asyncio.timeout(OPENING_SECONDS):
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                bound_silence(connection)
                 transport, _ = await loop.connect_accepted_socket(
                     lambda: protocol,
                     connection,

@@ -24,6 +24,7 @@ from ftrain.core import (
     hangs,
     journal,
     leaving,
+    metrics,
     reception,
     recovery,
     remains,
@@ -61,7 +62,7 @@ def initial(policy: RunPolicy, history: History, writer: str) -> State:
     """A coordinator that has read the journal and decided nothing yet. `writer` is unique for this life of it."""
     number = history.generation.generation if history.generation else 0
     state = State(policy, history, journal.Appender(writer, history.head), number=number)
-    return msgspec.structs.replace(state, judged_commit=state.newest_commit)
+    return msgspec.structs.replace(state, judged_commit=state.newest_commit, logged=metrics.of_newest(history))
 
 
 def step(state: State, event: Event, now: float, wall: float = 0.0) -> tuple[State, tuple[Action, ...]]:
@@ -118,8 +119,9 @@ def _recorded(turn: Turn, record: journal.Record) -> None:
             barrier = turn.state.barrier
             assert barrier is not None and barrier.attempt == attempt, "only the attempt under way is ever recorded"
             rounds.feed(turn, commit.Recorded())
-        case journal.RetireBody(attempt=attempt):
-            turn.do(Discard(attempt))
+        case journal.RetireBody():
+            for attempt in turn.state.history.let_go:
+                turn.do(Discard(attempt))
         case journal.FinishBody():
             leaving.let_go(turn)
 
@@ -157,10 +159,15 @@ def _published(turn: Turn, attempt: m.Attempt, manifest_sha256: str, cause: str)
 
 def _expire(turn: Turn) -> None:
     """Leases and deadlines that have run out by now."""
-    for name, node in tuple(turn.state.nodes.items()):
-        if turn.now >= node.lease_until:
-            where, lease = reception.place(turn, name), turn.state.policy.lease_seconds
-            reception.lose(turn, name, f"node {where} was silent for {lease:.0f} s: its lease ran out")
+    lease = turn.state.policy.lease_seconds
+    expired = [name for name, node in turn.state.nodes.items() if turn.now >= node.lease_until]
+    if expired and turn.state.phase is Phase.RUNNING and reception.is_deaf(turn.state, turn.now):
+        if len(expired) == len(turn.state.nodes):
+            _cut_off(turn)
+        expired = []  # who is cut off is not known before the last lease has run out, or somebody is heard
+    for name in expired:
+        where = reception.place(turn, name)
+        reception.lose(turn, name, f"node {where} was silent for {lease:g} s: its lease ran out")
     barrier = turn.state.barrier
     if barrier is not None and turn.now >= barrier.deadline:
         missing = ", ".join(str(rank) for rank in sorted(barrier.missing)[:8])
@@ -169,6 +176,22 @@ def _expire(turn: Turn) -> None:
     for record in turn.record(journal.Retry()):
         _recorded(turn, record)
     leaving.expire(turn)
+
+
+def _cut_off(turn: Turn) -> None:
+    """All leases ran out, and nobody else is heard: the nodes may well be at work, and this coordinator be cut off.
+
+    It is as if it had died and come back: whatever is heard next says how the generation has fared meanwhile.
+    """
+    state = turn.state
+    generation = state.generation
+    assert generation is not None
+    turn.log(
+        "no node is heard any more: this coordinator is cut off, or all nodes are gone; waiting for them", "warning"
+    )
+    rounds.feed(turn, commit.ArenasLost(generation.ranks, "no node was heard any more"))
+    turn.set(nodes={}, waiting_since=turn.now)
+    turn.enter(Phase.ADOPTING, turn.now + state.policy.formation.wait_seconds)
 
 
 # --------------------------------------------------------------------------------------------------------- generations
@@ -226,7 +249,7 @@ def _adopt(turn: Turn) -> None:
         )
         # A former coordinator may have proposed numbers that no node has seen, and may still want to delete their
         # files.
-        attempts = max(state.term * ATTEMPTS_PER_TERM, *(report.attempt_seen for report in reports))
+        attempts = max(state.attempts, state.term * ATTEMPTS_PER_TERM, *(report.attempt_seen for report in reports))
         held = max(remains.held_by_all(state, remains.connected_nodes(state)), default=None)
         turn.set(attempts=attempts, resume=resume, cadence=Cadence(due=turn.now), held=held)
         turn.log(f"generation {generation.number} is still running on all nodes: carrying on with it")
@@ -244,7 +267,7 @@ def _adopt(turn: Turn) -> None:
             why = f"node {lost} was lost with the coordinator"
             turn.set(failure=Failure(FailureClass.NODE, lost, why))
         turn.set(failed_at=turn.now)
-        turn.set(attempts=state.term * ATTEMPTS_PER_TERM)
+        turn.set(attempts=max(state.attempts, state.term * ATTEMPTS_PER_TERM))
         ending.end(turn, "not all of it is alive")
 
 
@@ -265,8 +288,9 @@ def _running(turn: Turn) -> None:
         if state.failure is None and failed:
             turn.set(failure=supervision.explain(state.exits[failed[0].rank][0], failed[0]))
         elif state.failure is None and halted:
-            why = f"node {reception.place(turn, halted[0])} was stopped by a former coordinator"
-            turn.set(failure=Failure(FailureClass.NODE, halted[0], why))
+            where, alive = reception.place(turn, halted[0]), state.report(halted[0]).halted
+            why = f"node {where} was {'cut off' if alive else 'stopped by a former coordinator'}"
+            turn.set(failure=Failure(FailureClass.LINK if alive else FailureClass.NODE, halted[0], why))
         elif state.failure is None and cut:
             node, rank = cut[0]
             why = f"rank {rank.rank} lost its peers after step {rank.step}"
@@ -293,7 +317,8 @@ def _running(turn: Turn) -> None:
         if newcomer := forming.can_grow(turn):
             leaving.regroup(turn, f"a node on {newcomer.hello.host} joined")
         rounds.propose(turn)
-        if turn.state.looping_since and turn.state.drain is None and turn.now >= turn.state.hangs_due:
+        in_place = turn.state.looping_since or turn.state.line is not None
+        if in_place and turn.state.drain is None and turn.now >= turn.state.hangs_due:
             _look_for_hangs(turn)
 
 
@@ -306,7 +331,7 @@ def _look_for_hangs(turn: Turn) -> None:
     if state.generation is None or len(ranks) < state.generation.world_size:
         return
     factor = hangs.leniency(state.hangs) if state.furthest <= state.hung_step else 1.0
-    match hangs.judge(ranks, factor):
+    match hangs.judge(ranks, factor) if state.looping_since else hangs.judge_arrival(ranks, factor):
         case hangs.Kill(rank, step, collective, hang):
             turn.send(nodes[rank], m.KillRank(state.term, state.number, rank, step, collective, hang))
         case hangs.Cut(why, rank, step):

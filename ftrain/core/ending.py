@@ -149,12 +149,10 @@ def judge(turn: Turn) -> None:
     ran = turn.now - state.started_at if not any(report.looping for report in map(state.report, state.members)) else 0.0
     line = remains.recovery_line(state, remains.connected_nodes(state))
     came_to = line.step if line is not None else 0
-    progressed = (
-        state.newest_commit > state.judged_commit
-        or came_to > state.judged_step > 0
-        or ran >= state.policy.restart.progress_seconds
-    )
-    budget, verdict = supervision.judge(state.policy.restart, state.budget, failure, progressed)
+    passed = state.newest_commit > state.judged_commit or ran >= state.policy.restart.progress_seconds
+    progressed = passed or came_to > state.judged_step > 0
+    passed = passed or came_to > state.budget.step >= 0
+    budget, verdict = supervision.judge(state.policy.restart, state.budget, failure, progressed, passed)
     turn.set(budget=budget, judged_commit=state.newest_commit, judged_step=came_to, failure=failure)
     match verdict:
         case supervision.GiveUp(why):
@@ -169,12 +167,13 @@ def judge(turn: Turn) -> None:
 def _explain(state: State) -> Failure | None:
     """The first cause. A lost node explains ranks elsewhere that only lost their peer."""
     failed = tuple(item for item in state.exits.values() if item[1].failed)
-    if not failed:
-        return state.failure
-    first = supervision.first_failure(failed)
-    rank_exit = next(exit for _, exit in failed if exit.rank == first.rank)
+    first = supervision.first_failure(failed) if failed else state.failure
+    if failed and first is not None:
+        is_echo = supervision.is_echo(next(exit for _, exit in failed if exit.rank == first.rank))
+    else:
+        is_echo = first is not None and first.kind is FailureClass.LINK
     unreachable = [name for name in state.members if name not in state.nodes or not state.nodes[name].connected]
-    if unreachable and supervision.is_echo(rank_exit):
+    if unreachable and is_echo:
         if state.failure is not None and state.failure.kind is FailureClass.NODE:
             return state.failure
         members = state.generation.members if state.generation else ()

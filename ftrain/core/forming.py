@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ftrain.core import ending, journal, leaving, membership, reception, recovery, remains
+from ftrain.core import ending, journal, leaving, membership, metrics, reception, recovery, remains
 from ftrain.core import messages as m
 from ftrain.core.membership import Generation, Node
 from ftrain.core.run_state import Continues, Phase, State, Turn
@@ -83,6 +83,7 @@ def _begin(turn: Turn, generation: Generation, line: m.Line | None, survivors: f
         line=line,
         survivors=survivors,
         fetches=remains.fetches(state, generation, line, survivors),
+        reports={name: report for name, report in state.reports.items() if name in state.nodes},
         exits={},
         gone=frozenset(),
         failure=None,
@@ -90,6 +91,7 @@ def _begin(turn: Turn, generation: Generation, line: m.Line | None, survivors: f
         scrapped=False,
         looping_since=0.0,
     )
+    metrics.go_back(turn, line.step if line is not None else resume.attempt.step if resume is not None else 0, resume)
     if line is None:
         cadence = Cadence(due=turn.now + policy.every_seconds, snapshot_due=turn.now + policy.snapshot_seconds)
         turn.set(attempts=0, cadence=cadence, held=None)

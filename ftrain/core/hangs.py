@@ -8,6 +8,8 @@ with its children. How long it may stand still depends on that:
     idle     no processor, no I/O    a deadlock, a sleep, a lost wake-up, or a very slow answer from elsewhere
     busy     anything else           a compile, an evaluation, a loader; or a kernel that never ends
 
+That is so in the loop. On the way back into it, in place, ranks hang together: when none of them does anything.
+
 All but the stopped ones are judged by the coordinator, which alone sees everybody: a rank hangs only where others wait
 for it. One that cannot be told for certain costs no process: the generation is ended in place, and only what does not
 come to a halt then is killed. Time is an argument here; what an agent slept through does not count.
@@ -31,6 +33,7 @@ STOPPED_SECONDS, STOPPED_STEPS = 0.5, 2.0  # steps of the median
 STOPPED_SECONDS_MAX = 10.0  # and where no rank of the node has finished a step yet
 IDLE_SECONDS, IDLE_STEPS = 20.0, 10.0  # steps of the slowest recent one
 IDLE_SECONDS_FIRST = 300.0
+IDLE_SECONDS_ON_THE_WAY = 60.0  # back into the loop
 BUSY_SECONDS, BUSY_STEPS = 600.0, 100.0
 BUSY_SECONDS_FIRST = 3600.0
 BUSY_TOGETHER = 3.0  # times that, where nobody is behind: all may do something long, each by itself
@@ -44,6 +47,7 @@ AT_WORK_LOOKS = 2  # in a row: a thread that only polls is seen to run now and t
 CULPRITS = (Phase.STEP, Phase.BOUNDARY, Phase.SNAPSHOT)  # where a rank can hang
 WAITERS = (*CULPRITS, Phase.HOLD, Phase.LAST)  # where one can wait for it
 NOT_WATCHED = (Phase.BOOT, Phase.DONE)  # the script does there what it likes
+IN_SCRIPT = (Phase.BOOT, Phase.JOINED)  # before it comes to its loop
 NAMED_MAX = 8
 
 
@@ -144,10 +148,13 @@ def _is_idle(since: Usage, now: Usage, seconds: float) -> bool:
     )
 
 
-def stopped_too_long(watched: Watch, neighbours: Iterable[Watch]) -> Hang | None:
-    """Whether a rank is to be ended because it was stopped, and how to tell. `neighbours`: all ranks of its node."""
+def stopped_too_long(watched: Watch, neighbours: Iterable[Watch], awaited: bool = False) -> Hang | None:
+    """Whether a rank is to be ended because it was stopped, and how to tell. `neighbours`: all ranks of its node.
+
+    `awaited`: others stand still until this one has come into its loop.
+    """
     look = watched.look
-    if not watched.stopped_seconds or look.phase in NOT_WATCHED:
+    if not watched.stopped_seconds or (look.phase in NOT_WATCHED and not (awaited and look.phase == Phase.BOOT)):
         return None
     steps = [median(one.look.recent_seconds) for one in neighbours if one.look.recent_seconds]
     bound = STOPPED_SECONDS + STOPPED_STEPS * max(steps) if steps else STOPPED_SECONDS_MAX
@@ -229,6 +236,22 @@ def judge(ranks: Sequence[RunningRank], factor: float = 1.0) -> Kill | Cut | Non
     text = f"it stood still for {progress.still_seconds:.0f} s {place}, its process {did}"
     hang = Hang(text, progress.still_seconds, tuple(waiting[:NAMED_MAX]))
     return Kill(hung.rank, hung.step, progress.collective, hang)
+
+
+def judge_arrival(ranks: Sequence[RunningRank], factor: float = 1.0) -> Cut | None:
+    """Whether all ranks of a generation, of which some were alive before it, hang on their way into it."""
+    progress = [rank.progress for rank in ranks if rank.progress is not None]
+    if not ranks or len(progress) < len(ranks) or any(rank.halted for rank in ranks):
+        return None
+    in_script = any(rank.phase in IN_SCRIPT for rank in ranks)
+    for one in progress:
+        bound = max(IDLE_SECONDS_ON_THE_WAY, IDLE_STEPS * one.slowest_seconds)
+        if in_script or not one.slowest_seconds:  # its script prepares, or what it does here it does for the first time
+            bound = max(IDLE_SECONDS_FIRST, bound)
+        if one.stopped or one.idle_seconds < bound * factor:
+            return None
+    seconds = min(one.idle_seconds for one in progress)
+    return Cut(f"no rank did anything for {seconds:.0f} s on the way into the generation")
 
 
 def attributed(exit: RankExit, ranks: Iterable[RunningRank]) -> RankExit:

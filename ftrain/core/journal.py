@@ -9,16 +9,20 @@ told from another's by its nonce. docs/protocol.md has the argument.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from enum import Enum
+from typing import Annotated
 
 import msgspec
 
-from ftrain.core.messages import Attempt
+from ftrain.core.messages import Attempt, Logged, Name, Origin
 from ftrain.errors import CorruptCheckpoint
 
 DIRECTORY = "journal"
 RECORD_BYTES_MAX = 8 << 20
+REFERS_MAX = 1 << 16
+METRICS_MAX = 256  # in one record
 RETRY_SECONDS = (0.2, 1.0, 5.0)
 
 
@@ -49,11 +53,14 @@ class GenerationBody(msgspec.Struct, frozen=True, tag="generation", tag_field="k
     line_step: int = -1  # what ranks that were alive went on from, -1 where all ranks were new
 
 
-class CommitBody(msgspec.Struct, frozen=True, tag="commit", tag_field="kind"):
+class CommitBody(msgspec.Struct, frozen=True, tag="commit", tag_field="kind", omit_defaults=True):
     attempt: Attempt
     world_size: int
     manifest_sha256: str
     payload_bytes: int
+    origin: Origin | None = None  # of a forked run's first commit: `attempt` then counts here, its files are there
+    refers: Annotated[tuple[Attempt, ...], msgspec.Meta(max_length=REFERS_MAX)] = ()  # whose packs it needs, too
+    metrics: Annotated[dict[Name, Logged], msgspec.Meta(max_length=METRICS_MAX)] = {}
 
 
 class RetireBody(msgspec.Struct, frozen=True, tag="retire", tag_field="kind"):
@@ -112,7 +119,7 @@ def decode(data: bytes, path: str) -> Record:
             raise CorruptCheckpoint(f"{path}: the record does not match its checksum; the file was changed or torn")
         return _RECORD.decode(envelope.record)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise CorruptCheckpoint(f"{path}: not a journal record: {error}") from None
+        raise CorruptCheckpoint(f"{path}: not a journal record: {str(error)[:300]}") from None
 
 
 def encode_raw(envelope: _Envelope) -> bytes:
@@ -135,8 +142,16 @@ class History:
     run: RunBody | None = None
     generation: GenerationBody | None = None
     commits: tuple[tuple[int, CommitBody], ...] = ()  # (journal sequence, commit), oldest first, retired ones left out
+    times: Mapping[int, float] = field(default_factory=dict)  # of each of these, when it was committed, by sequence
     retired: tuple[Attempt, ...] = ()
+    lingering: frozenset[Attempt] = frozenset()  # retired ones to whose packs a commit refers that is not retired
+    let_go: tuple[Attempt, ...] = ()  # by the newest record: nothing needs their files any more
     finish: FinishBody | None = None
+
+    @property
+    def needed(self) -> frozenset[Attempt]:
+        """The attempts whose files are a commit's that is not retired, or are referred to by one."""
+        return self.lingering.union(body.attempt for _, body in self.commits)
 
     def after(self, record: Record, record_digest: str) -> History:
         """The history with one more record. Raises `CorruptCheckpoint` when the chain does not hold."""
@@ -144,17 +159,23 @@ class History:
             raise CorruptCheckpoint(
                 f"{path_of(record.sequence)}: does not continue the record before it; the journal was changed by hand"
             )
-        base = replace(self, head=Head(record.sequence, record_digest))
+        base = replace(self, head=Head(record.sequence, record_digest), let_go=())
         match record.body:
             case RunBody() as run:
                 return replace(base, run=run, finish=None)
             case GenerationBody() as generation:
                 return replace(base, generation=generation)
             case CommitBody() as commit:
-                return replace(base, commits=(*self.commits, (record.sequence, commit)))
+                times = {**self.times, record.sequence: record.unix_seconds}
+                return replace(base, commits=(*self.commits, (record.sequence, commit)), times=times)
             case RetireBody(attempt=attempt):
                 kept = tuple(item for item in self.commits if item[1].attempt != attempt)
-                return replace(base, commits=kept, retired=(*self.retired, attempt))
+                times = {sequence: self.times[sequence] for sequence, _ in kept}
+                referred = {one for _, body in kept for one in body.refers}
+                lingering = (self.lingering | {attempt}) & referred
+                let_go = tuple(sorted((self.lingering | {attempt}) - referred))
+                retired = (*self.retired, attempt)
+                return replace(base, commits=kept, times=times, retired=retired, lingering=lingering, let_go=let_go)
             case FinishBody() as finish:
                 return replace(base, finish=finish)
 
@@ -320,9 +341,12 @@ def _created(
     match outcome:
         case Outcome.CREATED:
             return _done(state, wall)
+        case Outcome.UNKNOWN if state.tries:
+            return _wait(state, cause, now)  # not again at once: storage is in trouble
         case Outcome.EXISTS | Outcome.UNKNOWN:
             # EXISTS may be our own earlier try whose reply was lost.
-            return replace(state, stage=Stage.READING), (Read(_path(state)),)
+            tries = state.tries + (outcome is Outcome.UNKNOWN)
+            return replace(state, stage=Stage.READING, tries=tries), (Read(_path(state)),)
         case Outcome.FAILED:
             return _wait(state, cause, now)
 

@@ -1,19 +1,22 @@
 """Which bytes of which tensor go where: from a mesh and placements to boxes, from boxes to files and back.
 
-A *box* is an offset and a shape inside the global tensor. Each rank holds one box of each tensor that it names;
-ranks that hold the same box are replicas, of which one writes it. A reader asks for boxes of its own mesh, and gets
-them from the boxes that were written, whatever mesh those came from.
+A *box* is an offset and a shape inside the global tensor. Each rank holds a *shard* of each tensor that it names: as a
+rule one box, several where it is sharded with strides. Ranks that hold the same box are replicas, of which one writes
+it. A reader asks for boxes of its own mesh, and gets them from the boxes that were written, whatever mesh those came
+from.
 """
 
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from math import prod
 
 import msgspec
 
+from ftrain.core.placement import REPLICATED, Run, local_runs
 from ftrain.errors import CorruptCheckpoint, MismatchedState, UnsupportedTensor
 
 ALIGNMENT_BYTES = 4096  # of every tensor in a pack, and of the pack: what direct I/O needs
@@ -65,7 +68,7 @@ class Mesh(msgspec.Struct, frozen=True, gc=False):
 class TensorSpec(msgspec.Struct, frozen=True, gc=False):
     """One rank's view of one tensor.
 
-    `shape` is the global shape, `placements` one of "R" (replicated) or "S<dim>" (sharded) for each mesh dimension.
+    `shape` is the global shape, `placements` has one for each mesh dimension, as `core.placement` writes them.
     Without a mesh the tensor is the same on all ranks that name its key, unless it is `private`: then it belongs to
     its rank alone.
     """
@@ -114,27 +117,41 @@ def whole(shape: tuple[int, ...]) -> Box:
     return Box((0,) * len(shape), shape)
 
 
-def local_box(spec: TensorSpec, rank: int) -> Box | None:
-    """The box that `rank` holds: None when it is not in the mesh, of volume 0 when its shard is empty.
+class Shard(msgspec.Struct, frozen=True, gc=False):
+    """What one rank holds of a tensor, in a local tensor of `shape`: boxes with elements, each at its offset there.
 
-    As DTensor does it: mesh dimensions in order, each cutting what the ones before left into chunks of ceil(size /
-    ranks).
+    No box where the shard is empty.
     """
+
+    shape: tuple[int, ...]
+    boxes: tuple[Box, ...]
+    offsets: tuple[tuple[int, ...], ...]  # of each box in the local tensor
+
+
+def local_shard(spec: TensorSpec, rank: int) -> Shard | None:
+    """What `rank` holds: None when it is not in the mesh."""
     if spec.mesh is None:
-        return whole(spec.shape)
+        return _shard([[(0, size)] for size in spec.shape])
     position = _positions(spec.mesh).get(rank)
     if position is None:
         return None
-    offset, shape = [0] * len(spec.shape), list(spec.shape)
-    for size, at, placement in zip(spec.mesh.shape, _unravel(position, spec.mesh.shape), spec.placements, strict=True):
-        if placement == "R":
-            continue
-        dim = int(placement[1:])
-        chunk = -(-shape[dim] // size)
-        start = min(at * chunk, shape[dim])
-        offset[dim] += start
-        shape[dim] = min(start + chunk, shape[dim]) - start
-    return Box(tuple(offset), tuple(shape))
+    coordinate = _unravel(position, spec.mesh.shape)
+    return _shard(local_runs(spec.shape, spec.mesh.shape, coordinate, spec.placements))
+
+
+def _shard(runs: Sequence[Sequence[Run]]) -> Shard:
+    shape = tuple(sum(count for _, count in one) for one in runs)
+    if 0 in shape:
+        return Shard(shape, (), ())
+    if all(len(one) == 1 for one in runs):
+        return Shard(shape, (Box(tuple(one[0][0] for one in runs), shape),), ((0,) * len(shape),))
+    begins = [itertools.accumulate((count for _, count in one[:-1]), initial=0) for one in runs]
+    blocks = [list(zip(one, begin, strict=True)) for one, begin in zip(runs, begins, strict=True)]
+    boxes, offsets = [], []
+    for block in itertools.product(*blocks):
+        boxes.append(Box(tuple(begin for (begin, _), _ in block), tuple(count for (_, count), _ in block)))
+        offsets.append(tuple(offset for _, offset in block))
+    return Shard(shape, tuple(boxes), tuple(offsets))
 
 
 @lru_cache(maxsize=64)
@@ -154,11 +171,12 @@ def _unravel(position: int, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 class WriteItem(msgspec.Struct, frozen=True, gc=False):
-    """One box that one rank writes: all that it holds of that tensor, C-contiguous."""
+    """One box that one rank writes, C-contiguous."""
 
     spec: TensorSpec
     box: Box
     nbytes: int
+    offset: tuple[int, ...] | None = None  # of the box in the rank's local tensor; None where it is all of that
 
 
 def write_plan(specs_by_rank: Sequence[Sequence[TensorSpec]]) -> tuple[tuple[WriteItem, ...], ...]:
@@ -184,10 +202,10 @@ def write_plan(specs_by_rank: Sequence[Sequence[TensorSpec]]) -> tuple[tuple[Wri
                 plan[rank].append(item)
                 loads[rank] += item.nbytes
     for number, named in enumerate(shared.values()):
-        for box, holders in _holders(named).items():
+        for (box, offset), holders in _holders(named).items():
             spec = named[0][0]
             nbytes = box.volume * item_bytes(spec.dtype, spec.key)
-            jobs.append((-nbytes, number, WriteItem(spec, box, nbytes), holders))
+            jobs.append((-nbytes, number, WriteItem(spec, box, nbytes, offset), holders))
     jobs.sort(key=lambda job: (len(job[3]) > 1, *job[:2], job[2].box))
     _assign(jobs, loads, plan)
     return tuple(_in_order(items, specs) for items, specs in zip(plan, specs_by_rank, strict=True))
@@ -202,11 +220,14 @@ def _by_content(
     return [(specs_by_rank[ranks[0]], tuple(ranks)) for ranks in groups.values()]
 
 
-def _holders(named: Sequence[tuple[TensorSpec, tuple[int, ...]]]) -> dict[Box, tuple[int, ...]]:
+_Placed = tuple[Box, tuple[int, ...] | None]  # a box, and its offset as in `WriteItem`
+
+
+def _holders(named: Sequence[tuple[TensorSpec, tuple[int, ...]]]) -> dict[_Placed, tuple[int, ...]]:
     """Which ranks hold each box of one tensor, of which `named` are all the views."""
     first, first_ranks = named[0]
     if len(named) == 1 and first.mesh is None:
-        return {whole(first.shape): first_ranks}
+        return {(whole(first.shape), None): first_ranks}
     naming: dict[Mesh | None, set[int]] = {}
     for spec, ranks in named:
         if _nature(spec) != _nature(first):
@@ -215,11 +236,11 @@ def _holders(named: Sequence[tuple[TensorSpec, tuple[int, ...]]]) -> dict[Box, t
                 f"rank {ranks[0]} as {describe(spec)}; use other keys for tensors that differ, or mark them private"
             )
         naming.setdefault(spec.mesh, set()).update(ranks)
-    boxes: dict[Box, set[int]] = {}
+    boxes: dict[_Placed, set[int]] = {}
     empty = prod(first.shape) == 0
     for mesh, ranks_naming in naming.items():
         if mesh is None:
-            boxes.setdefault(whole(first.shape), set()).update(ranks_naming)
+            boxes.setdefault((whole(first.shape), None), set()).update(ranks_naming)
             continue
         absent = set(mesh.ranks) - ranks_naming
         if absent:
@@ -228,11 +249,15 @@ def _holders(named: Sequence[tuple[TensorSpec, tuple[int, ...]]]) -> dict[Box, t
             )
         view = TensorSpec(first.key, first.dtype, first.shape, mesh, first.placements)
         for holders in _replicas(mesh, first.placements):
-            box = whole(first.shape) if empty else local_box(view, holders[0])
-            assert box is not None
-            if box.volume or empty:
-                boxes.setdefault(box, set()).update(holders)
-    return {box: tuple(sorted(holders)) for box, holders in boxes.items()}
+            if empty:
+                boxes.setdefault((whole(first.shape), None), set()).update(holders)
+                continue
+            shard = local_shard(view, holders[0])
+            assert shard is not None
+            for box, offset in zip(shard.boxes, shard.offsets, strict=True):
+                placed = (box, None if box.shape == shard.shape else offset)
+                boxes.setdefault(placed, set()).update(holders)
+    return {placed: tuple(sorted(holders)) for placed, holders in boxes.items()}
 
 
 def _nature(spec: TensorSpec) -> tuple[object, ...]:
@@ -246,7 +271,9 @@ def _replicas(mesh: Mesh, placements: tuple[str, ...]) -> tuple[tuple[int, ...],
     groups: dict[tuple[int, ...], list[int]] = {}
     for position, rank in enumerate(mesh.ranks):
         at = _unravel(position, mesh.shape)
-        shard = tuple(coordinate for coordinate, placement in zip(at, placements, strict=True) if placement != "R")
+        shard = tuple(
+            coordinate for coordinate, placement in zip(at, placements, strict=True) if placement != REPLICATED
+        )
         groups.setdefault(shard, []).append(rank)
     return tuple(tuple(group) for group in groups.values())
 
@@ -267,7 +294,7 @@ def _assign(
 
 def _in_order(items: Iterable[WriteItem], specs: Sequence[TensorSpec]) -> tuple[WriteItem, ...]:
     order = {(spec.key, spec.private): place for place, spec in enumerate(specs)}
-    return tuple(sorted(items, key=lambda item: order[item.spec.key, item.spec.private]))
+    return tuple(sorted(items, key=lambda item: (order[item.spec.key, item.spec.private], item.box)))
 
 
 # ------------------------------------------------------------------------------------------------------ a pack's image

@@ -21,7 +21,8 @@ class Boot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything a worker needs to take part in its generation."""
 
     run_id: str
-    run_dir: str  # storage root: journal/, checkpoints/
+    run_dir: str  # on this node
+    storage: str  # the root, as `open_storage` takes it: journal/, checkpoints/
     generation: int
     rank: int
     local_rank: int

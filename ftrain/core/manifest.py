@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from itertools import pairwise
 from math import prod
 from typing import Annotated, Any
 
@@ -23,6 +24,8 @@ REFERENCES_PATH = "refs.json"
 MANIFEST_BYTES_MAX = 64 << 20
 INDEX_BYTES_MAX = 1 << 30
 DIMENSIONS_MAX = 64
+REFERENCES_MAX = 64
+PROBLEM_CHARS_MAX = 300  # of what a parser says: it repeats what a stranger wrote
 
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 Crc32c = Annotated[int, msgspec.Meta(ge=0, le=0xFFFFFFFF)]
@@ -52,8 +55,16 @@ class BoxRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=Fals
         return self.box_shape == self.shape
 
 
+class Reference(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Boxes that the same rank's pack of an earlier attempt of the run holds, by their places in its list of boxes."""
+
+    attempt: Attempt
+    index_sha256: Sha256  # of that pack's index, so that it proves what is referred to
+    boxes: Annotated[tuple[Count, ...], msgspec.Meta(min_length=1)]  # ascending
+
+
 class PackIndex(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """All that one rank wrote. While it is only in the arena, there are no checksums yet."""
+    """All that one rank wrote, and what it refers to. While it is only in the arena, there are no checksums yet."""
 
     format: int
     attempt: Attempt
@@ -66,11 +77,15 @@ class PackIndex(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     box_crc32c: tuple[Crc32c, ...]  # of each box
     chunk_crc32c: tuple[Crc32c, ...]  # of each chunk of the payload
     plain: dict[str, Any]  # this rank's plain data by name, as `core.plain` encodes it
+    references: Annotated[tuple[Reference, ...], msgspec.Meta(max_length=REFERENCES_MAX)] = ()
 
-    def entries(self, private: bool) -> list[Entry]:
-        """The boxes for `core.layout.read_plan`: this rank's own, or those of the tensors that all ranks share."""
+    def entries(self, private: bool, pack: int) -> list[Entry]:
+        """The boxes for `core.layout.read_plan`: this rank's own, or those of the tensors that all ranks share.
+
+        `pack` is what the reader calls this pack.
+        """
         return [
-            Entry(record.key, record.box, self.rank, record.offset, record.nbytes, crc32c)
+            Entry(record.key, record.box, pack, record.offset, record.nbytes, crc32c)
             for record, crc32c in zip(self.boxes, self.box_crc32c, strict=True)
             if record.private == private
         ]
@@ -92,7 +107,7 @@ class _Envelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     manifest: msgspec.Raw
 
 
-class _IndexFile(msgspec.Struct, frozen=True):
+class _IndexFile(msgspec.Struct, frozen=True, omit_defaults=True):
     """A `PackIndex` whose largest part is encoded already."""
 
     format: int
@@ -106,6 +121,7 @@ class _IndexFile(msgspec.Struct, frozen=True):
     box_crc32c: tuple[int, ...]
     chunk_crc32c: tuple[int, ...]
     plain: dict[str, Any]
+    references: tuple[Reference, ...] = ()
 
 
 _INDEX = msgspec.json.Decoder(PackIndex)
@@ -149,7 +165,7 @@ def decode_index(data: bytes, path: str, *, sealed: bool = False) -> PackIndex:
     try:
         index = _INDEX.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise CorruptCheckpoint(f"{path}: not a pack index: {error}") from None
+        raise CorruptCheckpoint(f"{path}: not a pack index: {str(error)[:PROBLEM_CHARS_MAX]}") from None
     _validate_index(index, path, sealed)
     return index
 
@@ -170,7 +186,7 @@ def decode_manifest(data: bytes, path: str) -> Manifest:
             raise CorruptCheckpoint(f"{path}: the manifest does not match its checksum; it was changed or torn")
         manifest = _MANIFEST.decode(envelope.manifest)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise CorruptCheckpoint(f"{path}: not a manifest: {error}") from None
+        raise CorruptCheckpoint(f"{path}: not a manifest: {str(error)[:PROBLEM_CHARS_MAX]}") from None
     _validate_manifest(manifest, path)
     return manifest
 
@@ -226,17 +242,23 @@ def _validate_index(index: PackIndex, path: str, sealed: bool) -> None:
         len(index.box_crc32c) == (0 if sealed else len(index.boxes)),
         f"{len(index.box_crc32c)} box checksums for {len(index.boxes)} boxes",
     )
+    check(not (sealed and index.references), "a snapshot in memory refers to other attempts")
+    attempts = [index.attempt, *(reference.attempt for reference in index.references)]
+    check(len(set(attempts)) == len(attempts), "refers to an attempt twice, or to itself")
+    for one in index.references:
+        check(all(a < b for a, b in pairwise(one.boxes)), f"the boxes of {one.attempt} are out of order")
     end = 0
     for record in index.boxes:
         problem = _box_problem(record, end, index.payload_bytes)
         if problem:
             raise CorruptCheckpoint(f"{path}: the box of {record.key} at {list(record.box_offset)} {problem}")
         end = record.offset + record.nbytes
-    for private in (False, True):
-        keys = [record.key for record in index.boxes if record.private == private]
-        if len(set(keys)) != len(keys):
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise CorruptCheckpoint(f"{path}: {twice} is there twice")
+    seen: set[tuple[str, tuple[int, ...] | None]] = set()
+    for record in index.boxes:
+        place = (record.key, None if record.private else record.box_offset)
+        if place in seen:
+            raise CorruptCheckpoint(f"{path}: {record.key} is there twice")
+        seen.add(place)
 
 
 def _box_problem(record: BoxRecord, end: int, payload_bytes: int) -> str:
@@ -276,7 +298,7 @@ def _validate_manifest(manifest: Manifest, path: str) -> None:
     if manifest.format != FORMAT:
         raise CorruptCheckpoint(f"{path}: format {manifest.format}, but this version reads format {FORMAT}")
     ranks = [pack.rank for pack in manifest.packs]
-    if ranks != list(range(manifest.world_size)):
+    if len(ranks) != manifest.world_size or ranks != list(range(len(ranks))):
         raise CorruptCheckpoint(f"{path}: the packs are not one for each of {manifest.world_size} ranks, in order")
     for pack in manifest.packs:
         if (pack.path, pack.index_path) != (pack_path(pack.rank), index_path(pack.rank)):

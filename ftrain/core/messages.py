@@ -84,16 +84,17 @@ class RankExit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.code == 0 and self.signal == 0
 
 
-class PackRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class PackRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A durable pack: what the coordinator must know of it to commit. `index_sha256` covers its own list of boxes."""
 
     rank: Count
     path: Name  # the pack's zarr array, relative to the attempt
     index_path: Name  # the pack's list of boxes, relative to the attempt
     index_sha256: Annotated[str, msgspec.Meta(min_length=64, max_length=64)]
-    payload_bytes: Count
+    payload_bytes: Count  # of all tensors, those that it refers to included
     file_bytes: Count
     tensors: Count
+    refers: Annotated[tuple[Attempt, ...], msgspec.Meta(max_length=64)] = ()  # to packs that these have of this rank
 
 
 class Progress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -245,6 +246,13 @@ class Metrics(msgspec.Struct, frozen=True, tag="metrics", tag_field="kind", forb
     values: dict[Name, float | Name]  # a number that JSON lacks is its name: nan, inf, -inf
 
 
+class Logged(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A metric's value, and the number of the step that logged it."""
+
+    step: Count
+    value: float | Name  # as in `Metrics`
+
+
 class Goodbye(msgspec.Struct, frozen=True, tag="goodbye", tag_field="kind", forbid_unknown_fields=True):
     """The agent leaves on purpose: no lease needs to run out."""
 
@@ -272,13 +280,23 @@ class Declined(msgspec.Struct, frozen=True, tag="declined", tag_field="kind", fo
     exit_code: int
 
 
-class Resume(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Origin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where the files of a commit are that a forked run began with: in another run, which wrote them."""
+
+    url: Text  # of that run's storage
+    path: Text  # of the checkpoint, below it
+    weights_only: bool = False  # only the modules are taken over
+    own_options: bool = False  # all but the options of optimizers are
+
+
+class Resume(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The recovery line that a generation starts from: a committed attempt, and its journal entry."""
 
     attempt: Attempt
     world_size: Count
     journal_sequence: Count
     manifest_sha256: Name  # as the journal has it: a restore proves that it reads what was committed
+    origin: Origin | None = None  # None: the files are this run's own
 
 
 class Tier(Enum):
@@ -367,6 +385,7 @@ class Arm(msgspec.Struct, frozen=True, tag="arm", tag_field="kind", forbid_unkno
     persist: bool = True  # False: it stays in the arenas
     line: Attempt | None = None  # the newest snapshot that all ranks have sealed: its slot must stay as it is
     copied: bool = True  # to the node's keeper; not needed where living replicas on other nodes have all of it
+    base: Attempt | None = None  # the commit whose packs may be referred to, for what has not changed since
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort", tag_field="kind", forbid_unknown_fields=True):
@@ -403,6 +422,13 @@ class Leave(msgspec.Struct, frozen=True, tag="leave", tag_field="kind", forbid_u
     summary: Text
 
 
+class Heard(msgspec.Struct, frozen=True, tag="heard", tag_field="kind", forbid_unknown_fields=True):
+    """Answers a heartbeat: the agent's lease was renewed not before that was sent."""
+
+    term: Count
+    sequence: Count
+
+
 class Tell(msgspec.Struct, frozen=True, tag="tell", tag_field="kind", forbid_unknown_fields=True):
     """One line for the people who watch this node's terminal."""
 
@@ -423,5 +449,6 @@ FromCoordinator = (
     | Verdict
     | Release
     | Leave
+    | Heard
     | Tell
 )

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import msgspec
 
-from ftrain.core import local, node_attempts, node_hangs, recovery
+from ftrain.core import local, node_attempts, node_hangs, node_lease, recovery
 from ftrain.core import messages as m
 from ftrain.core.node_state import (
     Action,
@@ -127,7 +127,7 @@ def step(state: State, event: Event, now: float, pages: Pages) -> tuple[State, t
         turn.set(filling=now_filling)
     match event:
         case Connected():
-            turn.set(connected=True)
+            node_lease.connected(turn)
         case Disconnected():
             turn.set(connected=False, lost_at=now if state.connected else state.lost_at)
         case Said(message):
@@ -182,7 +182,8 @@ def _said(turn: Turn, message: m.FromCoordinator) -> None:
                 turn.set(connected=False)
                 turn.do(Reconnect())
                 return
-            turn.set(term=term)
+            turn.set(term=term, heartbeat_seconds=message.heartbeat_seconds)
+            node_lease.welcomed(turn, message.lease_seconds)
             if state.notice:
                 turn.send(m.Notice(state.notice, max(0.0, state.notice_until - UNSAVED_MARGIN_SECONDS - turn.now)))
             node_attempts.repeat(turn)
@@ -192,6 +193,9 @@ def _said(turn: Turn, message: m.FromCoordinator) -> None:
             return
         case m.Tell(text):
             turn.do(Show(text))
+            return
+        case m.Heard(term, sequence):
+            node_lease.answered(turn, sequence, term >= state.term)
             return
     if message.term < state.term:
         return  # an older coordinator: it has been fenced, or will be
@@ -435,9 +439,15 @@ def _signalled(turn: Turn, why: str) -> None:
 def _beat(turn: Turn) -> None:
     state = turn.state
     turn.set(beat=state.beat + 1)
+    if node_lease.is_silent(state, turn.now):
+        node_lease.give_up(turn)
+    elif state.connected and state.term:
+        node_lease.sends(turn, state.beat + 1)
     turn.send(m.Heartbeat(state.beat + 1, turn.report()))
     node_attempts.repeat(turn)
-    if state.halting and turn.now >= state.halt_until:
+    if node_lease.is_cut_off(turn.state, turn.now):
+        node_lease.halt(turn)
+    elif state.halting and turn.now >= state.halt_until:
         turn.set(halt_until=float("inf"))
         _kill(turn, tuple(worker.rank for worker in state.alive if not worker.halted))
     if state.notice and turn.now >= state.notice_until:

@@ -50,7 +50,7 @@ def arm(turn: Turn, message: m.Arm) -> None:
     else:
         held = {slot: held for slot, held in state.held.items() if slot != free[0]}
         copied = {slot: held for slot, held in state.copied.items() if slot != free[0]}
-        snapshot = Snapshot(attempt, free[0], message.hold, message.persist, message.copied)
+        snapshot = Snapshot(attempt, free[0], message.hold, message.persist, message.copied, message.base)
         turn.set(snapshot=snapshot, held=held, copied=copied)
         turn.do(ArmPages(attempt, free[0], message.hold, ranks_of(state)))
 
@@ -127,7 +127,7 @@ def sealed(turn: Turn, snapshot: Snapshot, rank: int) -> None:
     turn.send(m.Sealed(snapshot.attempt, rank))
     if snapshot.persist:
         turn.set(writing={**turn.state.writing, (snapshot.attempt, rank): snapshot.slot})
-        turn.do(Persist(snapshot.attempt, rank, snapshot.slot))
+        turn.do(Persist(snapshot.attempt, rank, snapshot.slot, snapshot.base))
 
 
 def unfill(turn: Turn, rank: int) -> None:

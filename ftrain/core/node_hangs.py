@@ -16,9 +16,11 @@ def looked(turn: Turn, looks: Mapping[int, hangs.Look]) -> None:
     before = turn.state.watches
     watches = {rank: hangs.watch(before.get(rank), look, turn.now) for rank, look in looks.items()}
     turn.set(watches=watches)
+    start = turn.state.start
     for rank, watched in watches.items():
-        hang = hangs.stopped_too_long(watched, watches.values())
-        if hang is not None and _may_hang(turn.state, rank):
+        awaited = start is not None and start.line is not None and rank not in start.survivors
+        hang = hangs.stopped_too_long(watched, watches.values(), awaited)
+        if hang is not None and _may_hang(turn.state, rank, awaited):
             _condemn(turn, rank, hang)
             turn.do(KillRanks((rank,)))
 
@@ -45,7 +47,7 @@ def _condemn(turn: Turn, rank: int, hang: m.Hang) -> None:
     turn.do(Show(f"rank {rank} hangs and is killed: {hang.text}", "warning"))
 
 
-def _may_hang(state: State, rank: int) -> bool:
+def _may_hang(state: State, rank: int, awaited: bool = False) -> bool:
     worker = state.workers.get(rank)
-    alive = worker is not None and worker.exit is None and worker.joined
+    alive = worker is not None and worker.exit is None and (worker.joined or awaited)
     return alive and worker is not None and not (worker.killed or worker.hung or state.stopping)

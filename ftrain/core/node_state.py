@@ -43,6 +43,7 @@ class Snapshot:
     hold: bool
     persist: bool = True
     copied: bool = True
+    base: m.Attempt | None = None
     sealed: frozenset[int] = frozenset()
     packs: tuple[m.PackRecord, ...] = ()
     failures: tuple[m.AttemptFailed, ...] = ()
@@ -58,6 +59,10 @@ class State(msgspec.Struct, frozen=True):  # not a dataclass: it is replaced man
     term: int = 0
     connected: bool = False
     lost_at: float = 0.0
+    lease_seconds: float = float("inf")  # both as the coordinator says
+    heartbeat_seconds: float = 1.0
+    leased_at: float = 0.0  # the coordinator has counted this node's lease from then on, or from later
+    unanswered: Mapping[int, float] = {}  # heartbeats of this channel, 0 for the Hello: when each was sent
     version: int = 0
     beat: int = 0
     generation: int = 0
@@ -318,6 +323,7 @@ class Persist:
     attempt: m.Attempt
     rank: int
     slot: int
+    base: m.Attempt | None = None  # a commit whose packs may be referred to
 
 
 @dataclass(frozen=True, slots=True)

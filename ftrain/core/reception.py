@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ftrain.core import commit, hangs, keeping, leaving, membership, rounds, supervision
+from ftrain.core import commit, hangs, keeping, leaving, membership, metrics, rounds, supervision
 from ftrain.core import messages as m
 from ftrain.core.membership import Member, Node
 from ftrain.core.run_state import Measured, Phase, State, Turn
 from ftrain.core.supervision import Failure, FailureClass
 from ftrain.errors import ExitCode
 
+DEAF_HEARTBEATS = 2.5  # a node that has missed so many says nothing at the moment
 IN_PLACE = (Phase.STARTING, Phase.RUNNING, Phase.HALTING)  # where halted workers of a generation before may be needed
 
 
@@ -24,7 +25,10 @@ def received(turn: Turn, name: str, message: m.FromAgent) -> None:
     lease = turn.state.policy.lease_seconds
     turn.set(nodes={**turn.state.nodes, name: membership.renewed(node, turn.now, lease)})
     match message:
-        case m.Heartbeat(report=report) | m.Changed(report=report):
+        case m.Heartbeat(sequence, report):
+            turn.send(name, m.Heard(turn.state.term, sequence))
+            _report(turn, name, report)
+        case m.Changed(report):
             _report(turn, name, report)
         case m.StoreReady(generation, address, port):
             if turn.state.phase is Phase.STARTING and generation == turn.state.number:
@@ -34,6 +38,7 @@ def received(turn: Turn, name: str, message: m.FromAgent) -> None:
         case m.Notice(why, grace_seconds):
             leaving.notice(turn, name, why, grace_seconds)
         case m.Metrics():
+            metrics.heard(turn, message)
             turn.do(Measured(message))
         case m.Goodbye(why):
             lose(turn, name, f"node {place(turn, name)} left: {why}")
@@ -64,6 +69,8 @@ def _hello(turn: Turn, hello: m.Hello) -> None:
         for member in state.generation.members:
             if member.node_rank >= 0 and member.node_rank == hello.node_rank and member.node != hello.node:
                 turn.set(gone=turn.state.gone | {member.node})
+    if state.phase is Phase.ADOPTING and not state.nodes:  # the others have a lease's time to come, too
+        turn.set(until=min(state.until, turn.now + state.policy.lease_seconds))
     if state.term:
         welcome(turn, hello.node)
         if predecessor is not None and predecessor.connected:
@@ -142,12 +149,11 @@ def resync(turn: Turn, node: str, report: m.Report) -> None:
             whole = hangs.attributed(exit, ranks)
             turn.set(exits={**turn.state.exits, exit.rank: (node, whole)})
             rounds.feed(turn, commit.WorkersLost(frozenset({exit.rank}), supervision.explain(node, whole).summary))
-    kept = report.halted and not state.scrapped
-    over = state.phase in (Phase.FORMING, Phase.PAUSING, Phase.SETTLING) and not kept
-    if (state.phase is Phase.STOPPING or over) and not report.stopped:
+    over = state.phase in (Phase.FORMING, Phase.PAUSING, Phase.SETTLING)
+    if (state.phase is Phase.STOPPING or (over and state.scrapped)) and not report.stopped:
         stop_node(turn, node, report.generation, "its generation is over")
-    elif state.phase is Phase.HALTING and not (report.stopped or report.halted):
-        halt_node(turn, node, report.generation, "its generation is over")
+    elif (state.phase is Phase.HALTING or over) and not (report.stopped or report.halted):
+        halt_node(turn, node, report.generation, "its generation is over")  # over: it was lost, and is back
     if report.at_end and state.phase is Phase.RUNNING and any(exit.ok for _, exit in turn.state.exits.values()):
         turn.send(node, m.Release(state.term, state.number))  # as others were: this node's own was lost
     barrier = turn.state.barrier
@@ -220,6 +226,14 @@ def lose(turn: Turn, name: str, why: str) -> None:
     phases = (Phase.RUNNING, Phase.STARTING, Phase.HALTING, Phase.STOPPING)
     if state.failure is None and state.phase in phases and state.drain is None:
         turn.set(failure=Failure(FailureClass.NODE, name, why))
+
+
+def is_deaf(state: State, now: float) -> bool:
+    """Nobody is heard at the moment, so that it cannot be told who is cut off: the nodes, or this coordinator."""
+    if state.drain is not None or not state.recorded:
+        return False
+    silence = DEAF_HEARTBEATS * state.policy.heartbeat_seconds
+    return all(now - (node.lease_until - state.policy.lease_seconds) >= silence for node in state.nodes.values())
 
 
 def place(turn: Turn, name: str) -> str:

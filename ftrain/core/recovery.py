@@ -87,10 +87,4 @@ def unsaved(step: int, phase: int, committed: int, joins: bool) -> bool:
 
 
 def resume_from(sequence: int, commit: CommitBody) -> Resume:
-    return Resume(commit.attempt, commit.world_size, sequence, commit.manifest_sha256)
-
-
-def to_retire(history: History, keep: int, suspects: AbstractSet[Attempt]) -> tuple[Attempt, ...]:
-    """The commits beyond the newest `keep`. A damaged one is kept aside, and does not count as one of the kept."""
-    sound = [commit.attempt for _, commit in history.commits if commit.attempt not in suspects]
-    return tuple(sound[:-keep]) if keep > 0 else ()
+    return Resume(commit.attempt, commit.world_size, sequence, commit.manifest_sha256, commit.origin)

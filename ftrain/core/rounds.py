@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ftrain.core import commit, journal, recovery, schedule
+from ftrain.core import commit, journal, metrics, recovery, retention, schedule
 from ftrain.core import messages as m
 from ftrain.core.commit import Barrier
 from ftrain.core.run_state import Discard, Phase, Publish, State, Turn
@@ -62,6 +62,7 @@ def propose(turn: Turn) -> None:
         deadline=turn.now + state.policy.checkpoint.attempt_seconds,
     )
     turn.set(barrier=barrier, attempts=number)
+    metrics.begin(turn)
     turn.to_members(arm(turn.state, barrier))
 
 
@@ -72,7 +73,26 @@ def arm(state: State, barrier: Barrier) -> m.Arm:
         for rank in state.report(name).ranks:
             nodes.setdefault(rank.shard, set()).add(name)
     alone = "" in nodes or any(len(names) < 2 for names in nodes.values())
-    return m.Arm(state.term, barrier.attempt, barrier.hold, barrier.persist, state.held, alone)
+    base = _base(state)
+    return m.Arm(
+        state.term,
+        barrier.attempt,
+        barrier.hold,
+        barrier.persist,
+        state.held,
+        alone,
+        base.attempt if base is not None else None,
+    )
+
+
+def _base(state: State) -> journal.CommitBody | None:
+    """The commit whose packs the attempt under way may refer to: it outlives the attempt, and so does what it needs.
+
+    Only what nothing keeps is ever retired, and the newest sound commit is always kept.
+    """
+    sound = (body for _, body in reversed(state.history.commits) if body.attempt not in state.suspects)
+    newest = next(sound, None)
+    return newest if newest is not None and newest.origin is None else None  # one of another run has its files there
 
 
 def _given_way(turn: Turn, barrier: Barrier) -> bool:
@@ -122,7 +142,15 @@ def feed(turn: Turn, event: commit.Event) -> None:
                 turn.do(Publish(barrier.attempt, len(barrier.ranks), barrier.packs))
             case commit.WriteCommit():
                 payload = sum(pack.payload_bytes for pack in barrier.packs)
-                turn.append(journal.CommitBody(barrier.attempt, len(barrier.ranks), barrier.manifest_sha256, payload))
+                body = journal.CommitBody(
+                    barrier.attempt,
+                    len(barrier.ranks),
+                    barrier.manifest_sha256,
+                    payload,
+                    refers=tuple(sorted({attempt for pack in barrier.packs for attempt in pack.refers})),
+                    metrics=metrics.of_commit(turn.state),
+                )
+                turn.append(body)
             case commit.AnnounceCommit():
                 _committed(turn, barrier)
             case commit.AnnounceAbort():
@@ -148,8 +176,12 @@ def message(turn: Turn, node: str, event: m.ArmReply | m.Sealed | m.Prepared | m
             feed(turn, commit.Refused(node, event.step, event.reason))
         case m.Sealed():
             feed(turn, commit.RankSealed(event.rank))
-        case m.Prepared():
-            feed(turn, commit.RankPrepared(event.pack))
+        case m.Prepared(pack=pack):
+            base = _base(state)
+            if set(pack.refers) <= ({base.attempt, *base.refers} if base is not None else set()):
+                feed(turn, commit.RankPrepared(pack))
+            else:
+                feed(turn, commit.RankFailed(pack.rank, "its pack refers to what the newest commit does not have"))
         case m.AttemptFailed():
             feed(turn, commit.RankFailed(event.rank, event.cause))
 
@@ -211,7 +243,7 @@ def _committed(turn: Turn, barrier: Barrier) -> None:
     drain = turn.state.drain
     if drain is not None:
         turn.set(drain=replace(drain, saved=drain.decided or barrier.hold))
-    for attempt in recovery.to_retire(turn.state.history, state.policy.checkpoint.keep, state.suspects):
+    for attempt in retention.to_retire(turn.state.history, state.policy.checkpoint.keep, state.suspects):
         body = journal.RetireBody(attempt)
         if body not in turn.state.appender.pending:
             turn.append(body)

@@ -89,6 +89,8 @@ class State(msgspec.Struct, frozen=True):  # not a dataclass: it is replaced man
     attempts: int = 0  # highest attempt number used in this generation
     held: m.Attempt | None = None  # the newest snapshot that all ranks have sealed, as far as arenas have it still
     cadence: Cadence = Cadence()
+    logged: Mapping[str, m.Logged] = {}  # each metric's newest value, at the step of the attempt under way
+    logged_after: Mapping[str, m.Logged] = {}  # what came of later steps meanwhile
     suspects: frozenset[m.Attempt] = frozenset()  # commits that a restore found damaged
     spoiled: frozenset[m.Attempt] = frozenset()  # snapshots in memory that one found damaged
     # Failure and leaving.

@@ -9,20 +9,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ftrain.core.retention import RetentionPolicy
+
 LOOKAHEAD_MAX = 1 << 16
 FAILED_PAUSES_SECONDS = (1.0, 5.0, 20.0, 60.0)
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointPolicy:
-    """Commits every so many steps or every so many seconds (at most one is non-zero), keeping the newest `keep`.
+    """Commits every so many steps or every so many seconds (at most one is non-zero), and which of them stay.
 
     In between, snapshots that stay in memory, every `snapshot_steps` or `snapshot_seconds`.
     """
 
     every_steps: int = 0
     every_seconds: float = 60.0
-    keep: int = 2
+    keep: RetentionPolicy = RetentionPolicy()
     attempt_seconds: float = 1800.0  # after which an attempt that does not end is given up
     snapshot_steps: int = 0
     snapshot_seconds: float = 0.0

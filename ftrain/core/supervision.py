@@ -87,7 +87,8 @@ class Budget:
 
     restarts: int = 0
     without_progress: int = 0
-    signature: str = ""  # of the last failure, if nothing was committed since
+    signature: str = ""  # of the last failure, until the run has got past it
+    step: int = -1  # of the last failure
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +101,18 @@ class GiveUp:
     why: str
 
 
-def judge(policy: RestartPolicy, budget: Budget, failure: Failure, progressed: bool) -> tuple[Budget, Restart | GiveUp]:
-    """Decide what follows a failure. `progressed`: something was committed since the failure before this one."""
+def judge(
+    policy: RestartPolicy, budget: Budget, failure: Failure, progressed: bool, passed: bool
+) -> tuple[Budget, Restart | GiveUp]:
+    """Decide what follows a failure.
+
+    `progressed`: the run goes on from a later state than after the failure before this one. `passed`: something was
+    committed since that one, or a state is left of a later step than it struck at.
+    """
     if progressed:
-        budget = replace(budget, without_progress=0, signature="")
+        budget = replace(budget, without_progress=0)
+    if passed:
+        budget = replace(budget, signature="")
     if failure.kind in (FailureClass.NODE, FailureClass.CORRUPT):
         # A lost machine says nothing about the job, and each damaged checkpoint is passed over only once.
         return replace(budget, restarts=budget.restarts + 1), Restart(0.0)
@@ -118,7 +127,7 @@ def judge(policy: RestartPolicy, budget: Budget, failure: Failure, progressed: b
     elif budget.without_progress >= policy.without_progress_max:
         return budget, GiveUp(f"{policy.without_progress_max} restarts in a row without a new commit")
     delay = policy.backoff_seconds[min(budget.without_progress, len(policy.backoff_seconds) - 1)]
-    used = Budget(budget.restarts + 1, budget.without_progress + 1, failure.signature)
+    used = Budget(budget.restarts + 1, budget.without_progress + 1, failure.signature, failure.step)
     return used, Restart(delay)
 
 

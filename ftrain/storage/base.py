@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ftrain._native import Pack
+from ftrain.storage.pack import Pack
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +60,13 @@ class Storage(Protocol):
     @property
     def url(self) -> str:
         """Where the root is, for messages."""
+        ...
+
+    def check(self) -> None:
+        """Prove, before a run relies on it, that it can be written to and that a taken name stays taken.
+
+        Raises `UsageError` where it cannot, and `StorageError` where it does not answer. A full disk passes.
+        """
         ...
 
     def create(self, path: str, data: bytes) -> None:

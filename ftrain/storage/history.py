@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
 from ftrain.core import journal
 from ftrain.core.journal import History
 from ftrain.errors import NotFound
 from ftrain.storage.base import Storage
+
+READS_IN_FLIGHT = 16
 
 
 def read_history(storage: Storage) -> tuple[History, bytes]:
@@ -14,10 +19,30 @@ def read_history(storage: Storage) -> tuple[History, bytes]:
     The newest record may not be durable yet: who acts on it has to `confirm` it first. Raises `CorruptCheckpoint`.
     """
     history, newest = History(), b""
-    while True:
+    for data in _records(storage):
         path = journal.path_of(history.head.sequence + 1)
-        try:
-            data = storage.read(path)
-        except NotFound:
-            return history, newest
         history, newest = history.after(journal.decode(data, path), journal.digest(data)), data
+    return history, newest
+
+
+def _records(storage: Storage) -> Iterator[bytes]:
+    """From the first to where there is no next."""
+    count = len(storage.list(journal.DIRECTORY))
+    try:
+        if count > READS_IN_FLIGHT:
+            yield from _read_many(storage, count)
+        else:
+            count = 0
+        while True:
+            count += 1
+            yield storage.read(journal.path_of(count))
+    except NotFound:  # also where something else lies among the records
+        return
+
+
+def _read_many(storage: Storage, count: int) -> Iterator[bytes]:
+    with ThreadPoolExecutor(READS_IN_FLIGHT, "ftrain-history") as pool:
+        try:
+            yield from pool.map(storage.read, map(journal.path_of, range(1, count + 1)))
+        finally:
+            pool.shutdown(cancel_futures=True)

@@ -11,6 +11,8 @@ import contextlib
 import errno
 import os
 import shutil
+import stat
+import threading
 import uuid
 from array import array
 from collections.abc import Callable
@@ -20,14 +22,23 @@ from typing import TypeVar
 from ftrain import _native
 from ftrain._native import Pack
 from ftrain.core.layout import ALIGNMENT_BYTES
-from ftrain.errors import AlreadyExists, CorruptCheckpoint, NotFound, StorageError, UnknownOutcome
+from ftrain.errors import AlreadyExists, CorruptCheckpoint, NotFound, StorageError, UnknownOutcome, UsageError
 from ftrain.storage.base import Effort, Ranges
 from ftrain.storage.neighbours import Neighbours
 
 READ_THREADS = 2
+READ_BYTES_MAX = 1 << 30  # of a file that is read whole; packs never are
 FILES_MAX = 256  # open at a time
 CACHED_SHARE_MIN = 0.5  # of a file, from which reading it through the page cache is faster
 _MAKE_TRIES = 8
+# A link that failed with one of these was not made. After any other error (an I/O error, a server that is gone) it may
+# have been, or may yet be.
+_LINK_REFUSED = frozenset(
+    (
+        errno.EACCES, errno.EDQUOT, errno.EINVAL, errno.EMLINK, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOSPC,
+        errno.ENOSYS, errno.ENOTDIR, errno.EOPNOTSUPP, errno.EPERM, errno.EROFS, errno.EXDEV,
+    )
+)  # fmt: skip
 
 _T = TypeVar("_T")
 
@@ -38,12 +49,31 @@ class PosixStorage:
     def __init__(self, root: str | Path) -> None:
         self._root = Path(root).absolute()
         self._neighbours = Neighbours.of_environment()
-        self._synced: set[tuple[str, int]] = set()  # (directory, inode) whose name is known to be durable
-        self._doubtful: set[str] = set()  # paths whose directory's sync failed: only a restart shows what they are
+        self._synced: set[tuple[str, int]] = set()  # (directory, inode): its name and all above it are durable
+        # Paths, and directories, whose sync failed: a later one would succeed and prove nothing, only a crash shows.
+        self._doubtful: set[str] = set()
+        self._doubtful_directories: set[Path] = set()
+        self._syncing = threading.Lock()
 
     @property
     def url(self) -> str:
         return str(self._root)
+
+    def check(self) -> None:
+        probe = f".ftrain-probe-{uuid.uuid4().hex}"
+        try:
+            self.create(probe, b"")
+            with contextlib.suppress(AlreadyExists):
+                self.create(probe, b"")
+                raise UsageError(f"{self.url}: this file system lets a name be taken twice; use another")
+        except StorageError as error:
+            cause = error.__cause__
+            if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+                return  # what is there can be read, and room can be made while training goes on
+            raise UsageError(f"{self.url} cannot be used: {error}") from None
+        finally:
+            with contextlib.suppress(OSError):
+                self._path(probe).unlink(missing_ok=True)
 
     def create(self, path: str, data: bytes) -> None:
         def write(descriptor: int) -> None:
@@ -54,16 +84,23 @@ class PosixStorage:
         self._create(path, len(data), 0, write)
 
     def confirm(self, path: str, data: bytes) -> bool:
-        target = self._path(path)
+        target = self._within(path)
         self._refuse_doubtful(path)
         try:
-            if target.read_bytes() != data:
+            if _read_all(target) != data:
                 return False
-            _sync(target)
-            self._sync_directories(target.parent)
         except FileNotFoundError:
             return False
         except OSError as error:
+            raise _failure("cannot confirm", target, error) from error
+        try:
+            self._sync_directories(target.parent)
+            _sync(target)
+            _sync(target.parent)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            self._doubtful.add(path)
             raise _failure("cannot confirm", target, error) from error
         return True
 
@@ -90,10 +127,10 @@ class PosixStorage:
             return self._create(path, pack.nbytes, 0, write)
 
     def read(self, path: str) -> bytes:
-        target = self._path(path)
+        target = self._within(path)
         self._refuse_doubtful(path)
         try:
-            return target.read_bytes()
+            return _read_all(target)
         except OSError as error:
             raise _failure("cannot read", target, error) from error
 
@@ -118,7 +155,7 @@ class PosixStorage:
         paths, where = ranges.paths, self._path("")
         try:
             for path in paths:
-                where = self._path(path)
+                where = self._within(path)
                 files.append(_open_to_read(where, self._neighbours if shared else None))
             where = self._path(paths[0]) if len(paths) == 1 else self._path("")
             return _native.fetch(
@@ -161,6 +198,10 @@ class PosixStorage:
     def remove_tree(self, path: str) -> None:
         target = self._path(path)
         try:
+            if target.is_symlink():  # not ours, and what it leads to even less
+                target.unlink()
+                return
+            self._within(path)
             # Its own files first: without the manifest nobody takes a half removed checkpoint for a whole one.
             for entry in sorted(target.iterdir()):
                 if not entry.is_dir():
@@ -185,6 +226,19 @@ class PosixStorage:
             raise StorageError(f"{path!r} is not a path inside of {self._root}")
         return self._root.joinpath(*parts)
 
+    def _within(self, path: str) -> Path:
+        """The file at `path`. Raises `CorruptCheckpoint` where links lead elsewhere: a stranger may have set them."""
+        target = self._path(path)
+        found = os.path.realpath(target)
+        # What lies beside the first level is out of bounds, too: it may be a checkpoint that was opened by its parent.
+        bound = os.path.join(os.path.realpath(self._root), path.split("/")[0] if "/" in path else "")
+        if os.path.commonpath((bound, found)) != (bound.rstrip("/") or "/"):
+            raise CorruptCheckpoint(
+                f"{target} leads through a link to {found}, which is not followed out of {bound}; if the link is "
+                "yours, mount or copy what it leads to"
+            )
+        return target
+
     def _refuse_doubtful(self, path: str) -> None:
         if path in self._doubtful:
             raise UnknownOutcome(
@@ -196,8 +250,11 @@ class PosixStorage:
         temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
         try:
             self._make_directories(target.parent)
+            self._within(path)
             result = _write_synced(temporary, flags, write)
             _link(temporary, target)
+        except _LinkUnknown as error:
+            raise UnknownOutcome(f"{target} may or may not have been made: {error}") from error
         except OSError as error:
             if flags & os.O_DIRECT and error.errno == errno.EINVAL:
                 raise _NoDirectIO from error
@@ -230,23 +287,44 @@ class PosixStorage:
     def _sync_directories(self, directory: Path) -> None:
         """Make the names of the directory and of all above it, up to the root, durable.
 
-        Also of those that were there already: who made them may have crashed before the sync.
+        Also of those that were there already: who made them may have crashed before the sync. What is above a
+        directory that is not known is synced anew: it may have been removed since, and another made in its place,
+        even with the same inode.
         """
-        if directory != self._root:
-            self._sync_directories(directory.parent)
-        known = (str(directory), directory.stat().st_ino)
-        if known in self._synced:
-            return
+        with self._syncing:
+            if _identity(directory) in self._synced:
+                return
+            above = [directory, *directory.parents]
+            chain = above[: above.index(self._root) + 1]
+            for name in reversed(chain):
+                self._sync_name(name)
+            self._synced.update(map(_identity, chain))
+
+    def _sync_name(self, directory: Path) -> None:
+        if directory in self._doubtful_directories:
+            raise StorageError(f"{directory} may be gone after a crash: syncing its name failed before; check the disk")
         try:
             _sync(directory.parent)
         except PermissionError:
             if directory != self._root:  # what holds the root need not be ours
                 raise
-        self._synced.add(known)
+        except FileNotFoundError:
+            raise
+        except OSError:
+            self._doubtful_directories.add(directory)
+            raise
+
+
+def _identity(directory: Path) -> tuple[str, int]:
+    return str(directory), directory.stat().st_ino
 
 
 class _NoDirectIO(Exception):
     """This file system does not do direct I/O."""
+
+
+class _LinkUnknown(Exception):
+    """A link failed in a way that does not say whether it was made."""
 
 
 def _write_synced(temporary: Path, flags: int, write: Callable[[int], _T]) -> _T:
@@ -259,12 +337,33 @@ def _write_synced(temporary: Path, flags: int, write: Callable[[int], _T]) -> _T
         os.close(descriptor)
 
 
+def _open_file(path: Path) -> int:
+    """A descriptor for reading. Raises `CorruptCheckpoint` for what is no file: a pipe would be waited for for ever."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise CorruptCheckpoint(f"{path} is not a file")
+    return descriptor
+
+
+def _read_all(path: Path) -> bytes:
+    descriptor = _open_file(path)
+    try:
+        nbytes = os.fstat(descriptor).st_size
+        if nbytes > READ_BYTES_MAX:
+            raise CorruptCheckpoint(f"{path} has {nbytes} bytes, over the limit of {READ_BYTES_MAX}")
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            return file.read(READ_BYTES_MAX + 1)
+    finally:
+        os.close(descriptor)
+
+
 def _open_to_read(path: Path, neighbours: Neighbours | None) -> tuple[int, bool]:
     """A descriptor, and whether it is for direct I/O: what the page cache holds is not read from the disk again.
 
     `neighbours` read it, too: each has a part of it brought to the page cache, from which all then read all of it.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = _open_file(path)
     if neighbours is not None:
         os.posix_fadvise(descriptor, *neighbours.share(os.fstat(descriptor).st_size), os.POSIX_FADV_WILLNEED)
         return descriptor, False
@@ -289,10 +388,14 @@ def _of_files(ranges: Ranges, first: int, end: int) -> tuple[Ranges, list[int]]:
 def _link(temporary: Path, target: Path) -> None:
     try:
         os.link(temporary, target)
-    except FileExistsError:
+    except OSError as error:
         # Over NFS a link whose reply was lost is asked for again, and then finds its own work.
-        if temporary.stat().st_nlink < 2:
+        with contextlib.suppress(OSError):
+            if temporary.stat().st_nlink >= 2:
+                return
+        if isinstance(error, FileExistsError) or error.errno in _LINK_REFUSED:
             raise
+        raise _LinkUnknown(str(error)) from error
 
 
 def _sync(path: Path) -> None:

@@ -21,6 +21,7 @@ from ftrain.core.layout import ITEM_BYTES, Box
 from ftrain.core.manifest import FORMAT, BoxRecord, PackIndex, data_path, pack_path
 
 CONSOLIDATED_MAX = 4096  # nodes, beyond which saying everything twice costs more than it saves
+UP = "../../../"  # from an attempt to its run
 CHUNKS_MAX = 1 << 20  # of one array, beyond which its boxes are shown one by one
 
 # What zarr-python has no type for is shown as unsigned integers of the same size; the attribute `dtype` has the name.
@@ -61,13 +62,18 @@ def shard_index(payload_bytes: int, chunk_bytes: int) -> bytes:
 
 
 def references(indexes: Sequence[PackIndex]) -> bytes:
-    """`refs.json`: every tensor as a zarr v3 array, its chunks byte ranges of packs below the attempt."""
+    """`refs.json`: every tensor as a zarr v3 array, its chunks byte ranges of packs of the first index's attempt.
+
+    Those of other attempts are beside it, in the same run.
+    """
+    attempt = indexes[0].attempt
     view = _View()
     shared: dict[str, list[_Part]] = {}
     for index in sorted(indexes, key=lambda index: index.rank):
         own = f"rank-{index.rank:05d}"
+        place = "" if index.attempt == attempt else f"{UP}{index.attempt.path}/"
         for record in index.boxes:
-            part = _Part(record, data_path(pack_path(index.rank)), index.image_bytes)
+            part = _Part(record, f"{place}{data_path(pack_path(index.rank))}", index.image_bytes)
             if record.private:
                 view.nodes[own] = _group({"rank": index.rank})
                 _add(view, f"{own}/{array_name(record.key)}", [part])

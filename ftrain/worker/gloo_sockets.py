@@ -12,6 +12,7 @@ import os
 import re
 import socket
 import stat
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,15 +29,17 @@ def devices(loopback: bool) -> list[Any]:
     They listen on the interfaces that GLOO_SOCKET_IFNAME names, else on the loopback interface or on the host's own.
     """
     interfaces = os.environ.get("GLOO_SOCKET_IFNAME", LOOPBACK_INTERFACE if loopback else "")
-    if interfaces not in _devices:
-        before = set(_event_loops())
-        if interfaces:
-            made = [ProcessGroupGloo.create_device(interface=one) for one in interfaces.split(",")]
-        else:
-            made = [ProcessGroupGloo.create_default_device()]
-        _loops.extend(loop for loop in set(_event_loops()) - before if any(_listens(*one) for one in _watched(loop)))
-        _devices[interfaces] = made
-    return _devices[interfaces]
+    with _lock:
+        if interfaces not in _devices:
+            before = set(_event_loops())
+            if interfaces:
+                made = [ProcessGroupGloo.create_device(interface=one) for one in interfaces.split(",")]
+            else:
+                made = [ProcessGroupGloo.create_default_device()]
+            new = set(_event_loops()) - before
+            _loops.extend(loop for loop in new if any(_listens(*one) for one in _watched(loop)))
+            _devices[interfaces] = made
+        return _devices[interfaces]
 
 
 def shut_down() -> int:
@@ -57,6 +60,7 @@ def shut_down_socket(fd: int, inode: int) -> bool:
         return True
 
 
+_lock = threading.Lock()
 _devices: dict[str, list[Any]] = {}
 _loops: list[int] = []  # epoll descriptors of the devices, which live as long as the process
 

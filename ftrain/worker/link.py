@@ -20,7 +20,7 @@ from ftrain.core import local
 from ftrain.core.local import BOOT_VARIABLE, PACKET_BYTES_MAX, Boot, FromWorker, Recover, WorkerMetrics
 from ftrain.core.messages import Attempt
 from ftrain.core.page import NO_STEP, RECENT_NS, Collective, Field, Phase
-from ftrain.errors import Preempted, ProtocolError, Unavailable
+from ftrain.errors import PeerLost, Preempted, ProtocolError, Unavailable
 
 CAUSE_CHARS_MAX = 4000
 WAIT_SECONDS = 3600.0  # a wait is ended by the agent or by its death; this only bounds one sleep of it
@@ -121,6 +121,11 @@ class Link:
     def revoked(self) -> bool:
         """The generation that this worker is in is over."""
         return self.page.load(Field.REVOKED) >= self.generation
+
+    def check(self) -> None:
+        """Raises `PeerLost` when the generation is over: for waits on the way into it."""
+        if self.revoked:
+            raise PeerLost(f"generation {self.generation} ended while its ranks were on their way into it")
 
     def wait_revoked(self, ends: Callable[[], bool]) -> bool:
         """Until the present generation is over; for a thread of its own. False when `ends` says so after a `wake`."""

@@ -19,6 +19,7 @@ from torch.distributed import PrefixStore, Store, TCPStore
 from ftrain.checkpoint.items import TensorItem
 from ftrain.checkpoint.restore import Checkpoint
 from ftrain.checkpoint.tracked import Tracked
+from ftrain.checkpoint.wire import gather_bytes
 from ftrain.core import local
 from ftrain.core.manifest import decode_index
 from ftrain.core.messages import Attempt, Resume
@@ -26,9 +27,11 @@ from ftrain.core.page import Phase
 from ftrain.errors import CorruptCheckpoint, UsageError
 from ftrain.storage import open_storage
 from ftrain.worker import process_group, random_state
+from ftrain.worker.ahead import Arrival
 from ftrain.worker.boundary import Boundary
 from ftrain.worker.data import Batches
 from ftrain.worker.link import Link, from_environment, leave_signals_to_agent
+from ftrain.worker.loaders import shelter
 from ftrain.worker.recovery import Recovery
 from ftrain.worker.snapshots import Snapshots
 from ftrain.worker.steps import Steps
@@ -81,6 +84,7 @@ class Run:
         store = self._make_group()
         if self._snapshots is not None:
             self._snapshots.meet(store)
+        self._arrival = self._expect(link) if link is not None and link.boot.line is not None else None
 
     @property
     def generation(self) -> int:
@@ -113,6 +117,8 @@ class Run:
             raise UsageError(
                 "batches was called after steps: the position was restored already; call it before the loop"
             )
+        if self._link is not None:
+            shelter(loader)
         made = Batches(loader, f"batches {len(self._batches)}", self.world_size)
         self._batches.append(made)
         return made
@@ -161,7 +167,7 @@ class Run:
         if self._link is None or self._snapshots is None:
             return None
         boundary = Boundary(self._tracked, self._batches)
-        return Recovery(self._link, self._tracked, boundary, self.restore, self.take_plain)
+        return Recovery(self._link, self._tracked, boundary, self.restore, self.take_plain, self._arrival)
 
     def meeting(self) -> Store:
         """The store of the generation that this process was started for."""
@@ -176,10 +182,16 @@ class Run:
         assert self._link is not None
         if resume is None:
             return 0
-        checkpoint = Checkpoint.open(open_storage(self._link.boot.run_dir), resume.attempt.path, resume.manifest_sha256)
+        origin = resume.origin
+        where, path = (origin.url, origin.path) if origin else (self._link.boot.storage, resume.attempt.path)
+        checkpoint = Checkpoint.open(open_storage(where), path, resume.manifest_sha256)
+        if origin is not None and origin.weights_only:
+            self._tracked.restore_modules(checkpoint, self.rank)
+            return resume.attempt.step
         self._hold_arena(checkpoint, resume.attempt)
         source = self.rank if self.rank < checkpoint.world_size else 0
-        self._tracked.restore(checkpoint, self.rank, source)
+        with self._tracked.own_options() if origin is not None and origin.own_options else contextlib.nullcontext():
+            self._tracked.restore(checkpoint, self.rank, source, gather_bytes if self.world_size > 1 else None)
         self.take_plain(checkpoint.plain(source))
         if source != self.rank:
             random_state.diverge(self.rank)
@@ -211,6 +223,14 @@ class Run:
         part = self._tracked.collect()
         positions = [batches.state() for batches in self._batches]
         return part.items, {"tracked": part.plain, "random": random_state.capture(), "batches": positions}
+
+    def _expect(self, link: Link) -> Arrival | None:
+        """What a living replica gives to this newcomer while its script goes on to the loop."""
+        assert link.boot.line is not None
+        source = next((giver for giver, taker in link.boot.line.copies if taker == self.rank), None)
+        if source is None or self._snapshots is None:
+            return None
+        return Arrival(self.meeting, source, self.rank, link.boot.loopback, link.check)
 
     def _make_group(self) -> Store:
         """The default group. Returns where ranks meet to plan snapshots."""

@@ -60,8 +60,11 @@ class Snapshots:
         self._store = store
         self._planned_at = None
 
-    def take(self, armed: Armed) -> None:
-        """Begin to fill the slot that was armed; a thread seals it and tells the agent. Or tell it what went wrong."""
+    def take(self, armed: Armed, tell: Callable[[], None]) -> None:
+        """Begin to fill the slot that was armed; a thread seals it and tells the agent. Or tell it what went wrong.
+
+        `tell` is called before that, when no device has to be waited for any more.
+        """
         self.wait()
         began = time.monotonic()
         try:
@@ -72,7 +75,7 @@ class Snapshots:
         boundary_seconds = time.monotonic() - began
         # No daemon: a script that ends now still gets its snapshot sealed.
         self._finishing = threading.Thread(
-            target=self._finish, args=(armed, finish, boundary_seconds), name="ftrain-seal"
+            target=self._finish, args=(armed, finish, tell, boundary_seconds), name="ftrain-seal"
         )
         self._finishing.start()
 
@@ -97,9 +100,12 @@ class Snapshots:
             self._ask_replan(number)
             raise
 
-    def _finish(self, armed: Armed, finish: Callable[[], Staging], boundary_seconds: float) -> None:
+    def _finish(
+        self, armed: Armed, finish: Callable[[], Staging], tell: Callable[[], None], boundary_seconds: float
+    ) -> None:
         try:
             staging = finish()
+            tell()
         except Exception as error:  # noqa: BLE001 - a thread's edge: the attempt is given up, the training goes on
             self._failed(armed.attempt.number, error)
         else:

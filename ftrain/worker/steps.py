@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -204,7 +204,7 @@ class Steps:
         number = armed.attempt.number
         self._attempt_seen = number
         self._link.enter(Phase.SNAPSHOT)
-        self._run.snapshots.take(armed)
+        self._run.snapshots.take(armed, self._telling())
         if armed.hold:
             self._run.snapshots.wait()
             self._link.hold(number)
@@ -226,12 +226,19 @@ class Steps:
         self._link.enter(Phase.DONE)
 
     def _send_metrics(self) -> None:
-        if self._metrics is None or self._link is None:
-            return
-        step, values = self._metrics
-        self._metrics = None
-        if self._run.rank == 0:
-            self._link.say(local.WorkerMetrics(step, {name: _number(value) for name, value in values.items()}))
+        self._telling()()
+
+    def _telling(self) -> Callable[[], None]:
+        """What was logged last, for somebody to tell the agent. Tensors on a device are waited for then."""
+        metrics, self._metrics = self._metrics, None
+        link = self._link
+
+        def tell() -> None:
+            if metrics is not None and link is not None and self._run.rank == 0:
+                step, values = metrics
+                link.say(local.WorkerMetrics(step, {name: _number(value) for name, value in values.items()}))
+
+        return tell
 
 
 class Step(int):

@@ -18,7 +18,8 @@ import torch
 from ftrain import _native
 from ftrain.checkpoint import device
 from ftrain.checkpoint.arena import Image
-from ftrain.checkpoint.device import PLANS_MAX, DeviceCopies
+from ftrain.checkpoint.device import PLANS_MAX, DeviceCopies, begin_upload
+from ftrain.checkpoint.stage import Stager
 from tests.native.standin.gpu import OUT_OF_MEMORY, Gpu, library
 
 SEEDS = range(6)
@@ -215,14 +216,15 @@ def test_places_that_change_each_time_do_not_pile_up(world: World) -> None:
     assert world.gpu.living()["host"] <= PLANS_MAX + 1
 
 
-def test_image_is_pinned_once_and_let_go_when_the_arena_has_moved(world: World) -> None:
-    def image_of(slots: int) -> list[Image]:
-        fd = _native.memory_file("arena")
-        os.ftruncate(fd, slots << 20)
-        mapping = _native.Mapping(fd, slots << 20)
-        os.close(fd)
-        return [Image(mapping.address + (i << 20), 1 << 20, mapping) for i in range(slots)]
+def image_of(slots: int) -> list[Image]:
+    fd = _native.memory_file("arena")
+    os.ftruncate(fd, slots << 20)
+    mapping = _native.Mapping(fd, slots << 20)
+    os.close(fd)
+    return [Image(mapping.address + (i << 20), 1 << 20, mapping) for i in range(slots)]
 
+
+def test_image_is_pinned_once_and_let_go_when_the_arena_has_moved(world: World) -> None:
     tensors = [StandInTensor(world, nbytes) for nbytes in (5000, 300_000)]
     copies = DeviceCopies()
     for images in (image_of(2), image_of(3)):
@@ -237,6 +239,38 @@ def test_image_is_pinned_once_and_let_go_when_the_arena_has_moved(world: World) 
         assert world.gpu.living()["registered"] == len(images)
     assert world.gpu.count("cuMemHostRegister_v2") == 5
     assert copies.hindrances() == []
+
+
+def test_arena_that_is_reserved_is_pinned_before_the_first_snapshot(world: World) -> None:
+    tensor, images, stager = StandInTensor(world, 5000), image_of(2), Stager()
+    assert stager.pin(images, [torch.zeros(3)]) == ""
+    assert "registered" not in world.gpu.living()
+    assert stager.pin(images, [tensor]) == ""  # type: ignore[list-item]
+    assert world.gpu.living()["registered"] == 2
+    for image in images:
+        content = compute([tensor], 1)
+        stager._copies_of_devices().begin([(image.address, tensor)], image).wait()
+        assert ctypes.string_at(image.address, 5000) == content[0]
+    assert world.gpu.count("cuMemHostRegister_v2") == 2
+
+
+def test_what_an_arena_holds_goes_to_the_device_from_there(world: World) -> None:
+    device._uploads.cache_clear()
+    tensors = world.tensors(3)
+    [image] = image_of(1)
+    contents = [random.Random(i).randbytes(tensor.nbytes) for i, tensor in enumerate(tensors)]
+    copies, at = [], image.address
+    for tensor, content in zip(tensors, contents, strict=True):
+        ctypes.memmove(at, content, len(content))
+        copies.append((at, tensor))
+        at += (tensor.nbytes + 4095) // 4096 * 4096
+    for _ in range(2):
+        compute(tensors, 9)
+        begin_upload(copies, image).wait()
+        world.gpu.drain()
+        assert [tensor.elements() for tensor in tensors] == contents
+    assert world.gpu.count("cuMemHostRegister_v2") == 1
+    device._uploads.cache_clear()
 
 
 def test_tensor_in_the_place_of_another_is_copied_as_it_is(world: World) -> None:

@@ -7,11 +7,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.placement_types import _StridedShard
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ftrain.checkpoint.items import dtype_name, item_of, items_of, spec_of, torch_dtype
-from ftrain.core.layout import ITEM_BYTES, Mesh, TensorSpec, local_box
+from ftrain.core.layout import ITEM_BYTES, Mesh, TensorSpec, local_shard
 from ftrain.errors import UnsupportedTensor
 
 RANK, SIZE = 3, 8
@@ -43,18 +43,48 @@ def test_a_dtensors_local_part_is_the_box_that_the_layout_says(
     tensor = distribute_tensor(torch.arange(float(torch.Size(shape).numel())).reshape(shape), mesh, placements)
     item = item_of("w", tensor)
     assert item.spec.mesh == Mesh((4, 2), tuple(range(SIZE)))
-    box = local_box(item.spec, RANK)
-    assert box is not None
-    assert tuple(item.local.shape) == box.shape
+    shard = local_shard(item.spec, RANK)
+    assert shard is not None
+    assert tuple(item.local.shape) == shard.shape
     assert item.spec.shape == shape
 
 
-@pytest.mark.parametrize("placement", [Partial(), _StridedShard(0, split_factor=2)])
-def test_a_placement_that_the_format_does_not_know_is_refused_by_name(mesh: DeviceMesh, placement: object) -> None:
-    tensor = DTensor.from_local(torch.zeros(4, 4), mesh, [Replicate(), Replicate()], run_check=False)
-    object.__setattr__(tensor._spec, "placements", (placement, Replicate()))
-    with pytest.raises(UnsupportedTensor, match=r"layer\.w: a DTensor placed as .*redistribute"):
+class Strange(Placement):
+    """Of another library, or of a torch to come."""
+
+
+def placed_as(mesh: DeviceMesh, local: torch.Tensor, shape: tuple[int, ...], *placements: Placement) -> DTensor:
+    size, stride = torch.Size(shape), torch.empty(shape).stride()
+    tensor = DTensor.from_local(local, mesh, [Replicate()] * 2, run_check=False, shape=size, stride=stride)
+    object.__setattr__(tensor._spec, "placements", placements)
+    return tensor
+
+
+@pytest.mark.parametrize(
+    ("placement", "said"),
+    [
+        (Partial(), r"has no value yet, each rank holds a part of a sum; call \.redistribute\(\)"),
+        (Partial("max"), "has no value yet"),
+        (Strange(), "cannot be in a checkpoint; redistribute it"),
+    ],
+)
+def test_a_placement_that_cannot_be_saved_is_refused_by_name(mesh: DeviceMesh, placement: Placement, said: str) -> None:
+    tensor = placed_as(mesh, torch.zeros(4, 4), (4, 4), placement, Replicate())
+    with pytest.raises(UnsupportedTensor, match=rf"layer\.w: a DTensor placed as .*{said}"):
         spec_of("layer.w", tensor)
+
+
+def test_a_strided_shard_is_known_by_its_factor(mesh: DeviceMesh) -> None:
+    tensor = placed_as(mesh, torch.zeros(2, 3), (10, 3), _StridedShard(0, split_factor=2), Shard(0))
+    assert spec_of("w", tensor) == TensorSpec("w", "float32", (10, 3), Mesh((4, 2), tuple(range(SIZE))), ("S0/2", "S0"))
+
+
+def test_a_strided_shard_that_is_cut_in_another_way_than_fully_shard_cuts_is_refused(mesh: DeviceMesh) -> None:
+    tensor = placed_as(mesh, torch.zeros(2, 3), (9, 3), _StridedShard(0, split_factor=2), Shard(0))
+    with pytest.raises(
+        UnsupportedTensor, match=r"w: this rank holds \[2, 3\] of a strided shard that should be \[1, 3\]"
+    ):
+        spec_of("w", tensor)
 
 
 def test_a_private_dtensor_is_its_local_part(mesh: DeviceMesh) -> None:

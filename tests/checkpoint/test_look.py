@@ -127,6 +127,8 @@ def test_wrong_arguments_are_refused() -> None:
         _native.counters([1], vars(torch._C.TensorBase)["_version"])
     with pytest.raises(ValueError, match="Capsule"):
         _native.look([], PLAIN, "no capsule")
+    with pytest.raises(ValueError, match="differ in length"):
+        _native.find_anatomy([torch.zeros(1)], [], [0])
 
 
 def test_addresses_are_given_where_all_lie_in_host_memory_as_in_a_file() -> None:

@@ -18,7 +18,9 @@ import zarr
 from torch import nn
 
 import ftrain
+from ftrain.checkpoint.retain import sweep
 from ftrain.checkpoint.stage import Staging
+from ftrain.checkpoint.tools.catalogue import find
 from ftrain.core.layout import CHUNK_BYTES_MAX
 from ftrain.errors import (
     AlreadyExists,
@@ -29,6 +31,7 @@ from ftrain.errors import (
     StorageError,
     UsageError,
 )
+from ftrain.storage.posix import PosixStorage
 from tests.checkpoint.world import bits
 
 Save = Callable[..., None]
@@ -71,7 +74,7 @@ def test_a_model_and_its_optimizer_come_back_into_new_ones(tmp_path: Path, save:
     state["optimizer"].param_groups[0]["lr"] = 0.5
     save(tmp_path / "c", {**state, "epoch": 7}, step=3)
     other: dict[str, Any] = {**training(), "epoch": 0}
-    assert ftrain.load(tmp_path / "c", other) == 3
+    assert ftrain.load(tmp_path / "c", other).step == 3
     assert digest(other) == digest(state)
     assert other["optimizer"].param_groups[0]["lr"] == 0.5
     assert other["epoch"] == 7
@@ -90,7 +93,7 @@ def test_state_dicts_and_nested_values_come_back_in_place(tmp_path: Path, save: 
     shapes = {"list": [torch.zeros(3, dtype=torch.int64), {"deep": torch.tensor(0.0)}, ""], 5: torch.ones(2, 0)}
     alone = torch.zeros(5, 4)
     into = {"model": training()["model"].state_dict(), "nested": shapes, "alone": alone, "best": 0.0}
-    assert ftrain.load(tmp_path / "c", into) == 0
+    assert ftrain.load(tmp_path / "c", into).step == 0
     assert all(torch.equal(into["model"][key], value) for key, value in model.state_dict().items())
     assert shapes["list"][2] == "text"
     assert torch.equal(shapes["list"][0], torch.arange(3))
@@ -112,7 +115,7 @@ def test_training_that_goes_on_does_not_get_into_an_asynchronous_save(tmp_path: 
         assert saving.stall_seconds > 0
         other = training()
         train(other)
-        assert ftrain.load(tmp_path / f"{step}", other) == step
+        assert ftrain.load(tmp_path / f"{step}", other).step == step
         assert digest(other) == wanted[step]
 
 
@@ -126,9 +129,9 @@ def test_a_tensor_changed_by_hand_voids_the_save_unless_staged_was_waited_for(
     saving.result(60)
     changed, finish = threading.Event(), Staging.finish
 
-    def finish_late(staging: Staging) -> None:
+    def finish_late(staging: Staging, *, for_now: bool = False) -> None:
         changed.wait(60)
-        finish(staging)
+        finish(staging, for_now=for_now)
 
     monkeypatch.setattr(Staging, "finish", finish_late)
     saving = ftrain.async_save(tmp_path / "b", state)
@@ -163,6 +166,20 @@ def test_a_path_that_holds_a_checkpoint_is_left_alone(tmp_path: Path, save: Save
     state = {"w": torch.zeros(3)}
     ftrain.load(tmp_path / "c", state)
     assert torch.equal(state["w"], torch.ones(3))
+
+
+@both
+def test_what_is_kept_in_a_run_under_a_name_is_below_it_and_no_business_of_retention(
+    tmp_path: Path, save: Save
+) -> None:
+    save(tmp_path / "run", training(), step=7, keep="before-decay")
+    assert ftrain.load(tmp_path / "run" / "kept" / "before-decay", training()).step == 7
+    assert sweep(PosixStorage(str(tmp_path / "run")), (), 1 << 40) == []
+    assert find(f"{tmp_path}/run/kept/before-decay").step == 7
+    with pytest.raises(AlreadyExists, match="kept/before-decay"):
+        save(tmp_path / "run", training(), keep="before-decay")
+    with pytest.raises(UsageError, match="begins with a letter"):
+        save(tmp_path / "run", training(), keep="../elsewhere")
 
 
 @both
@@ -272,19 +289,19 @@ def test_a_save_killed_anywhere_is_a_whole_checkpoint_or_none(tmp_path: Path, ca
     state = {"w": torch.zeros(1000)}
     if done.returncode == 0:
         assert calls == 5
-        assert ftrain.load(tmp_path / "c", state) == 2
+        assert ftrain.load(tmp_path / "c", state).step == 2
         assert bool((state["w"] == 2).all())
         return
     with pytest.raises(CheckpointNotFound):
         ftrain.load(tmp_path / "c", state)
     ftrain.save(tmp_path / "c", {"w": torch.ones(1000)}, step=1)
-    assert ftrain.load(tmp_path / "c", state) == 1
+    assert ftrain.load(tmp_path / "c", state).step == 1
 
 
 def test_a_script_that_ends_gets_its_asynchronous_save_committed(tmp_path: Path) -> None:
     script = "import sys, torch, ftrain; ftrain.async_save(sys.argv[1], {'w': torch.ones(1 << 22)}, step=9)"
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "c")], check=True, cwd=Path(__file__).parents[2])
-    assert ftrain.load(tmp_path / "c", {"w": torch.zeros(1 << 22)}) == 9
+    assert ftrain.load(tmp_path / "c", {"w": torch.zeros(1 << 22)}).step == 9
 
 
 def test_a_forked_child_saves_with_an_engine_of_its_own(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from ftrain.checkpoint import restore
 from ftrain.checkpoint.items import TensorItem, item_of
 from ftrain.checkpoint.publish import publish
-from ftrain.checkpoint.restore import Checkpoint, TensorInfo
+from ftrain.checkpoint.restore import Checkpoint
+from ftrain.checkpoint.source import TensorInfo
 from ftrain.core.layout import ITEM_BYTES, Mesh, TensorSpec
 from ftrain.core.manifest import decode_index
 from ftrain.core.messages import Attempt, PackRecord

@@ -17,7 +17,8 @@ from ftrain.checkpoint.persist import persist_slot
 from ftrain.checkpoint.publish import publish
 from ftrain.checkpoint.restore import Checkpoint
 from ftrain.checkpoint.snapshot import Snapshotter
-from ftrain.core.layout import Box, Mesh, TensorSpec, local_box
+from ftrain.checkpoint.unchanged import Memory
+from ftrain.core.layout import Box, Mesh, TensorSpec, local_shard
 from ftrain.core.messages import Attempt, PackRecord
 from ftrain.storage.base import Storage
 
@@ -59,9 +60,17 @@ class World:
         for rank, snapshotter in enumerate(self.snapshotters):
             snapshotter.take(slot, attempt, items(rank), plain(rank))()
 
-    def persist(self, storage: Storage, attempt: Attempt, slot: int = 0) -> list[PackRecord]:
+    def persist(
+        self,
+        storage: Storage,
+        attempt: Attempt,
+        slot: int = 0,
+        memory: Memory | None = None,
+        base: Attempt | None = None,
+    ) -> list[PackRecord]:
         return [
-            persist_slot(storage, attempt, rank, Arena(fd), slot, lambda: False) for rank, fd in enumerate(self.fds)
+            persist_slot(storage, attempt, rank, Arena(fd), slot, lambda: False, memory=memory, base=base)
+            for rank, fd in enumerate(self.fds)
         ]
 
     def _exchange_of(self, rank: int) -> Callable[[bytes], list[bytes]]:
@@ -97,9 +106,12 @@ def load(checkpoint: Checkpoint, size: int, items: Callable[[int], Sequence[Tens
 def sharded(key: str, tensor: torch.Tensor, mesh: Mesh, placements: tuple[str, ...], rank: int) -> TensorItem:
     """The rank's item of a global tensor, cut as the layout says."""
     spec = TensorSpec(key, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), mesh, placements)
-    box = local_box(spec, rank)
-    assert box is not None
-    return TensorItem(spec, part_of(tensor, box).clone())
+    shard = local_shard(spec, rank)
+    assert shard is not None
+    local = tensor.new_empty(shard.shape)
+    for box, offset in zip(shard.boxes, shard.offsets, strict=True):
+        part_of(local, Box(offset, box.shape)).copy_(part_of(tensor, box))
+    return TensorItem(spec, local)
 
 
 def part_of(tensor: torch.Tensor, box: Box) -> torch.Tensor:

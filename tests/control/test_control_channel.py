@@ -46,6 +46,7 @@ FROM_COORDINATOR = [
     m.Release(1, 2),
     m.Leave(1, 0, "done"),
     m.Tell("line"),
+    m.Heard(7, 9),
 ]
 
 plain = st.recursive(

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
-from ftrain.core import coordinator, journal, run_state
+from ftrain.core import coordinator, journal, rounds, run_state
 from ftrain.core import messages as m
 from ftrain.core.journal import History, Outcome
 from ftrain.core.membership import FormationPolicy
 from ftrain.core.page import Phase as WorkerPhase
+from ftrain.core.retention import RetentionPolicy
 from ftrain.core.run_state import Received, RunPolicy, Stored
 from ftrain.core.schedule import CheckpointPolicy
 
 NODES = ("a", "b")
 POLICY = RunPolicy(
-    "run", "1", FormationPolicy(2, 2), checkpoint=CheckpointPolicy(every_steps=10, every_seconds=0.0, keep=1),
+    "run", "1", FormationPolicy(2, 2),
+    checkpoint=CheckpointPolicy(every_steps=10, every_seconds=0.0, keep=RetentionPolicy(1)),
     lease_seconds=10.0, stop_grace_seconds=3.0,
 )  # fmt: skip
 
@@ -42,6 +45,8 @@ class Scene:
 
     def _line(self, action: run_state.Action) -> str:
         match action:
+            case run_state.Send(_, m.Heard()):
+                return ""  # the answer to every heartbeat
             case run_state.Send(node, message):
                 return f"{node} <- {describe(message)}"
             case run_state.Store(request):
@@ -165,14 +170,20 @@ class Scene:
             self.say(node, m.ArmReply(attempt, True))
         return attempt
 
-    def prepared(self) -> m.Attempt:
+    def prepared(self, refers: Mapping[int, tuple[m.Attempt, ...]] | None = None) -> m.Attempt:
         attempt = self.armed()
         for rank, node in enumerate(NODES):
-            self.say(node, m.Prepared(attempt, m.PackRecord(rank, f"packs/{rank}", "", "0" * 64, 1, 1, 1)))
+            there = (refers or {}).get(rank, ())
+            self.say(node, m.Prepared(attempt, m.PackRecord(rank, f"packs/{rank}", "", "0" * 64, 1, 1, 1, there)))
         return attempt
 
-    def committed(self) -> m.Attempt:
-        attempt = self.prepared()
+    def arm_sent(self) -> m.Arm:
+        """What nodes are told of the attempt under way."""
+        assert self.state.barrier is not None
+        return rounds.arm(self.state, self.state.barrier)
+
+    def committed(self, refers: Mapping[int, tuple[m.Attempt, ...]] | None = None) -> m.Attempt:
+        attempt = self.prepared(refers)
         self.do(run_state.Published(attempt, "f" * 64))
         self.stored()
         return attempt

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import msgspec
 import pytest
 
@@ -98,6 +100,20 @@ def test_stopped_rank_is_given_longer_where_no_step_was_done_yet() -> None:
     assert hangs.stopped_too_long(watched(11.0, stopped=True), []) is not None
 
 
+@pytest.mark.parametrize(("phase", "awaited", "hangs_there"), [
+    (Phase.BOOT, False, False),  # a script that never joins
+    (Phase.BOOT, True, True),
+    (Phase.RESTORING, False, True),
+    (Phase.DONE, True, False),
+])  # fmt: skip
+def test_stopped_rank_that_others_wait_for_hangs_before_it_has_joined(
+    phase: Phase, awaited: bool, hangs_there: bool
+) -> None:
+    found = watched(11.0, stopped=True)
+    found = replace(found, look=replace(found.look, phase=phase))
+    assert (hangs.stopped_too_long(found, [], awaited) is not None) == hangs_there
+
+
 def test_running_rank_is_never_taken_for_stopped() -> None:
     assert hangs.stopped_too_long(watched(1000.0), [watched(1000.0)]) is None
 
@@ -114,6 +130,28 @@ def rank(number: int, step: int = 8, phase: Phase = Phase.STEP, **more: object) 
 
 def ahead(number: int, **more: object) -> m.RunningRank:
     return rank(number, collective=50, **more)  # type: ignore[arg-type]
+
+
+def coming(number: int, seconds: float = 61.0, phase: Phase = Phase.RESTORING, **more: object) -> m.RunningRank:
+    return rank(number, phase=phase, **{"still_seconds": seconds, "idle_seconds": seconds, **more})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("ranks", "hang"), [
+    ([coming(0), coming(1)], True),
+    ([coming(0), coming(1, phase=Phase.STEP)], True),  # it is there already
+    ([coming(0), coming(1, 59.0)], False),
+    ([coming(0), coming(1, idle_seconds=0.0)], False),
+    ([coming(0), coming(1, stopped=True)], False),  # its agent sees to that
+    ([coming(0), coming(1, slowest_seconds=12.0)], False),
+    ([coming(0), coming(1, slowest_seconds=0.0)], False),  # a newcomer: all it does is for the first time
+    ([coming(0, 301.0), coming(1, 301.0, slowest_seconds=0.0)], True),
+    ([coming(0), coming(1, phase=Phase.JOINED)], False),  # its script may do anything
+    ([coming(0, 301.0), coming(1, 301.0, phase=Phase.BOOT)], True),
+    ([coming(0), m.RunningRank(1, 0, 7, 8, Phase.BOOT)], False),  # not looked at yet
+])  # fmt: skip
+def test_ranks_hang_on_their_way_when_none_does_anything(ranks: list[m.RunningRank], hang: bool) -> None:
+    assert (hangs.judge_arrival(ranks) is not None) == hang
+    assert hangs.judge_arrival(ranks, factor=6.0) is None
 
 
 BUSY = {"idle_seconds": 0.0}

@@ -64,6 +64,73 @@ def test_ranks_that_lost_each_other_go_on_although_nobody_died() -> None:
     assert "continues at 8 from live, 2 kept, 0 new" in lines
 
 
+def test_nodes_that_are_gone_are_forgotten_when_the_next_generation_begins() -> None:
+    scene = Scene().started()
+    for life in range(20):
+        scene.hello("a", life=str(life + 1))
+        scene.do(run_state.Disconnected(f"a{life}" if life else "a"))
+        scene.report("b", stopped=True)
+        scene.stored()
+        scene.say(f"a{life + 1}", m.StoreReady(scene.state.number, "10.0.0.1", 29400))
+        assert scene.state.members == (f"a{life + 1}", "b")
+        assert set(scene.state.reports) == {f"a{life + 1}", "b"}
+
+
+def test_rank_that_lost_its_peers_is_explained_by_the_node_that_is_gone() -> None:
+    scene = in_loop(Scene().started(), 8)
+    rank = rank_of("b", 8, halted=True, live=8, kept=(7, 8))
+    scene.report("b", ranks=(rank,), looping=False)
+    halted(scene, "b", 8)
+    scene.do(run_state.Disconnected("a"))
+    scene.wait(5.0)
+    assert scene.state.failure is not None
+    assert scene.state.failure.kind is FailureClass.NODE
+    assert "interrupted at 8: node 0 was lost: its agent's channel closed" in scene.log
+
+
+def raised(name: str, step: int, at: float) -> m.RankExit:
+    error = m.ErrorReport("ValueError", "bad", "Traceback\nValueError: bad", "train.py:7", at)
+    return m.RankExit(NODES.index(name), 0, 7, 1, 0, step, 3, error, at, kept=(step - 1, step), shard="all")
+
+
+def fails(scene: Scene, step: int, snapshot: m.Attempt, newcomer: bool) -> list[str]:
+    """Rank 0 raises at that step, and both go on from that snapshot, or would."""
+    shards = {"shard": "all", "replays": False}
+    exits = (raised("a", step, scene.now),)
+    scene.report("a", exits=exits, stopped=True, held=(snapshot,))
+    rank = msgspec.structs.replace(rank_of("b", step + 1, halted=True, live=step + 1), **shards)
+    lines = scene.report("b", ranks=(rank,), halted=True, held=(snapshot,))
+    if newcomer:
+        scene.stored()
+        scene.say("a", m.StoreReady(scene.state.number, "10.0.0.1", 29400))
+    return lines
+
+
+def test_error_that_comes_back_at_its_step_is_the_users_own_although_a_snapshot_was_taken_before_it() -> None:
+    scene = in_loop(Scene().started(), 7)
+    lines = fails(scene, 7, m.Attempt(1, 2, 1), newcomer=True)
+    assert "continues at 2 from arena, 1 kept, 1 new" in lines
+    in_loop(scene, 6)
+    lines = fails(scene, 7, m.Attempt(1, 6, 2), newcomer=False)
+    assert any("append finish" in line for line in lines), lines
+    assert "the same error came back at step 7" in scene.state.summary
+
+
+def test_ranks_that_hang_on_their_way_are_halted_and_come_anew() -> None:
+    scene = in_loop(Scene().started(), 8)
+    scene.report("a", exits=(dead("a", 8, (7, 8)),), stopped=True)
+    halted(scene, "b", 8)
+    scene.stored()
+    scene.say("a", m.StoreReady(2, "10.0.0.1", 29400))
+    still = m.Progress(still_seconds=301.0, idle_seconds=301.0)
+    for name in NODES:
+        coming = msgspec.structs.replace(rank_of(name, 8), phase=int(Phase.RESTORING), progress=still)
+        scene.report(name, ranks=(coming,))
+    assert {"a <- Halt", "b <- Halt"} <= set(scene.wait(2.0))
+    assert scene.state.failure is not None
+    assert "on the way into the generation" in scene.state.failure.summary
+
+
 def test_sealed_attempt_is_committed_while_the_next_generation_begins() -> None:
     scene = Scene().running()
     attempt = scene.armed()

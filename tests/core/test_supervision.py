@@ -23,7 +23,7 @@ def raised(rank: int, message: str, at: float, kind: str = "ValueError", ordered
 def test_failures_between_commits_never_use_the_budget_up() -> None:
     budget = Budget()
     for _ in range(1000):
-        budget, verdict = supervision.judge(POLICY, budget, KILLED, progressed=True)
+        budget, verdict = supervision.judge(POLICY, budget, KILLED, progressed=True, passed=True)
         assert verdict == Restart(0.0)
     assert budget.restarts == 1000
 
@@ -31,32 +31,38 @@ def test_failures_between_commits_never_use_the_budget_up() -> None:
 def test_failures_without_progress_pause_longer_and_then_give_up() -> None:
     budget, delays = Budget(), []
     for _ in range(3):
-        budget, verdict = supervision.judge(POLICY, budget, KILLED, progressed=False)
+        budget, verdict = supervision.judge(POLICY, budget, KILLED, progressed=False, passed=False)
         assert isinstance(verdict, Restart)
         delays.append(verdict.delay_seconds)
     assert delays == [0.0, 1.0, 4.0]
-    assert supervision.judge(POLICY, budget, KILLED, progressed=False)[1] == GiveUp(
+    assert supervision.judge(POLICY, budget, KILLED, progressed=False, passed=False)[1] == GiveUp(
         "3 restarts in a row without a new commit"
     )
 
 
 def test_same_error_twice_without_a_commit_gives_up_at_once() -> None:
-    budget, verdict = supervision.judge(POLICY, Budget(), RAISED, progressed=False)
+    budget, verdict = supervision.judge(POLICY, Budget(), RAISED, progressed=False, passed=False)
     assert verdict == Restart(0.0)
-    _, verdict = supervision.judge(POLICY, budget, RAISED, progressed=False)
+    _, verdict = supervision.judge(POLICY, budget, RAISED, progressed=False, passed=False)
     assert verdict == GiveUp("the same error came back at step 3 and nothing was committed in between")
 
 
 def test_same_error_with_a_commit_between_is_tried_again() -> None:
-    budget, _ = supervision.judge(POLICY, Budget(), RAISED, progressed=False)
-    assert isinstance(supervision.judge(POLICY, budget, RAISED, progressed=True)[1], Restart)
+    budget, _ = supervision.judge(POLICY, Budget(), RAISED, progressed=False, passed=False)
+    assert isinstance(supervision.judge(POLICY, budget, RAISED, progressed=True, passed=True)[1], Restart)
+
+
+def test_same_error_is_the_same_although_the_run_goes_on_from_a_later_state_before_it() -> None:
+    budget, _ = supervision.judge(POLICY, Budget(), RAISED, progressed=False, passed=False)
+    _, verdict = supervision.judge(POLICY, budget, RAISED, progressed=True, passed=False)
+    assert verdict == GiveUp("the same error came back at step 3 and nothing was committed in between")
 
 
 @pytest.mark.parametrize("kind", [FailureClass.NODE, FailureClass.CORRUPT])
 def test_lost_node_or_damaged_checkpoint_uses_no_budget(kind: FailureClass) -> None:
     budget = Budget(restarts=9, without_progress=3)
     budget, verdict = supervision.judge(
-        RestartPolicy(max_restarts=0), budget, Failure(kind, "a", "gone"), progressed=False
+        RestartPolicy(max_restarts=0), budget, Failure(kind, "a", "gone"), progressed=False, passed=False
     )
     assert verdict == Restart(0.0)
     assert budget.without_progress == 3
@@ -64,9 +70,9 @@ def test_lost_node_or_damaged_checkpoint_uses_no_budget(kind: FailureClass) -> N
 
 def test_limit_of_the_user_counts_even_with_progress() -> None:
     policy = RestartPolicy(max_restarts=1)
-    budget, verdict = supervision.judge(policy, Budget(), KILLED, progressed=True)
+    budget, verdict = supervision.judge(policy, Budget(), KILLED, progressed=True, passed=True)
     assert isinstance(verdict, Restart)
-    assert isinstance(supervision.judge(policy, budget, KILLED, progressed=True)[1], GiveUp)
+    assert isinstance(supervision.judge(policy, budget, KILLED, progressed=True, passed=True)[1], GiveUp)
 
 
 def test_echo_of_a_lost_peer_is_not_the_first_failure() -> None:

@@ -7,6 +7,7 @@ import select
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -62,3 +63,45 @@ def test_signal_that_does_not_exist_raises_os_error() -> None:
     with pytest.raises(OSError, match="signal 9999") as caught:
         set_parent_death_signal(9999)
     assert caught.value.errno == 22
+
+
+# A child that leaves SIGTERM to its parent says its pid; the parent passes on what it reads as a signal to it.
+LEFT_TO_PARENT = """
+import os, signal, sys
+from ftrain._native import leave_sigterm_to_parent
+child = os.fork()
+if child == 0:
+    leave_sigterm_to_parent()
+    os.write(1, b"%d\\n" % os.getpid())
+    while True:
+        signal.pause()
+os.read(0, 1)
+os.kill(child, signal.SIGTERM)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_sigterm_is_obeyed_only_where_the_parent_sends_it() -> None:
+    command = [sys.executable, "-c", LEFT_TO_PARENT]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None and parent.stdin is not None
+        child = int(parent.stdout.readline())
+        child_fd = os.pidfd_open(child)
+        for _ in range(3):
+            os.kill(child, signal.SIGTERM)
+            wait_for_sleep(child)
+        assert select.select([child_fd], [], [], 0)[0] == []
+        parent.stdin.write(b"x")
+        parent.stdin.flush()
+        assert parent.wait(60) == 0
+        assert select.select([child_fd], [], [], 60)[0] == [child_fd]
+        os.close(child_fd)
+
+
+def wait_for_sleep(pid: int) -> None:
+    """Until the signal has been taken in: it is not pending any more, and the process sleeps again."""
+    status = Path(f"/proc/{pid}/status")
+    while True:
+        fields = dict(line.split(":\t", 1) for line in status.read_text().splitlines())
+        if int(fields["SigPnd"], 16) == int(fields["ShdPnd"], 16) == 0 and fields["State"].startswith("S"):
+            return

@@ -28,6 +28,22 @@ def test_period_in_seconds_commits_while_the_run_goes_on_and_keeps_as_many_as_as
     assert [job.done_at(path) for path in job.checkpoints()] == job.commits()[-3:]
 
 
+def test_best_commits_by_a_logged_metric_stay_over_a_restart(cluster: Cluster) -> None:
+    job = Job(cluster.path / "job")
+    flags = ("--keep", 1, "--keep-best", "1:loss", "--keep-best", "1:loss:max")
+    for _ in range(2):
+        before = len(job.commits()) if job.run_dir.exists() else 0
+        launcher = launch(cluster, job, every=2, flags=flags, steps=0)
+        wait_for(lambda before=before: len(job.commits()) >= before + 4, "more commits")  # type: ignore[misc]
+        launcher.process.send_signal(signal.SIGTERM)
+        assert launcher.wait() == ExitCode.PREEMPTED, launcher.text
+    logged = {body["attempt"]["step"]: body["metrics"]["loss"] for body in job.journal("commit")}
+    assert all(one["step"] == step - 1 for step, one in logged.items())
+    values = {step: one["value"] for step, one in logged.items()}
+    kept = {min(values, key=values.__getitem__), max(values, key=values.__getitem__), max(values)}
+    assert {job.done_at(path) for path in job.checkpoints()} == kept
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of a few megabytes of its own."""

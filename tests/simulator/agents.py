@@ -26,6 +26,7 @@ class Agent:
         self.forking: dict[int, Worker] = {}
         self.memory: dict[int, Memory] = {}  # by local rank
         self.cancelled: set[m.Attempt] = set()
+        self.refers: dict[tuple[m.Attempt, int], tuple[m.Attempt, ...]] = {}  # of the packs that this agent wrote
         self.paused_until = 0.0
         self.deferred: list[node.Event] = []
         self.arming = False
@@ -126,7 +127,8 @@ class Agent:
                 for rank in ranks:
                     self.workers[rank].page.release = 1
                 self._notify(ranks)
-            case node.Persist(attempt, rank, slot):
+            case node.Persist(attempt, rank, slot, base):
+                self.refers[attempt, rank] = self._refers(attempt, rank, base)
                 self.world.after(
                     0.01 * self.world.random(), self._persist, attempt, rank, slot, self.workers[rank].memory
                 )
@@ -284,6 +286,13 @@ class Agent:
         where = self.pages()
         return frozenset(rank for rank in ranks if node_attempts.may_fill(where[rank], attempt.step))
 
+    def _refers(self, attempt: m.Attempt, rank: int, base: m.Attempt | None) -> tuple[m.Attempt, ...]:
+        """What did not change since the base: some of what the base has, as this agent remembers it."""
+        if base is None or (base, rank) not in self.refers:
+            return ()
+        owners = {base, *self.refers[base, rank]}
+        return tuple(sorted(one for one in owners if (attempt.number + one.number + rank) % 3))
+
     def _persist(self, attempt: m.Attempt, rank: int, slot: int, memory: Memory) -> None:
         if not self.alive:
             return
@@ -307,7 +316,8 @@ class Agent:
             self.feed(node.PersistFailed(attempt, rank, cause))
         else:
             name = f"packs/{rank}"
-            self.feed(node.Persisted(attempt, m.PackRecord(rank, name, f"{name}.json", "0" * 64, 8, 16, 1)))
+            refers = self.refers[attempt, rank]
+            self.feed(node.Persisted(attempt, m.PackRecord(rank, name, f"{name}.json", "0" * 64, 8, 16, 1, refers)))
 
     # ---------------------------------------------------------------------------------------------------------- ends
 

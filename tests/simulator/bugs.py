@@ -19,6 +19,7 @@ from ftrain.core import (
     node,
     recovery,
     remains,
+    retention,
     rounds,
     run_state,
 )
@@ -145,7 +146,7 @@ def _retire_before_commit(stack: ExitStack) -> None:
         if isinstance(body, journal.CommitBody):
             history = turn.state.history
             coming = replace(history, commits=(*history.commits, (history.head.sequence + 1, body)))
-            for attempt in recovery.to_retire(coming, turn.state.policy.checkpoint.keep, turn.state.suspects):
+            for attempt in retention.to_retire(coming, turn.state.policy.checkpoint.keep, turn.state.suspects):
                 real(turn, journal.RetireBody(attempt))
         real(turn, body)
 
@@ -161,6 +162,19 @@ def _delete_before_retire(stack: ExitStack) -> None:
         real(turn, body)
 
     stack.enter_context(patch.object(run_state.Turn, "append", append))
+
+
+def _delete_what_is_referred_to(stack: ExitStack) -> None:
+    real = run_state.Turn.record
+
+    def record(turn: Any, event: journal.Event) -> tuple[journal.Record, ...]:
+        done = real(turn, event)
+        for one in done:
+            if isinstance(one.body, journal.RetireBody):
+                turn.do(run_state.Discard(one.body.attempt))
+        return done
+
+    stack.enter_context(patch.object(run_state.Turn, "record", record))
 
 
 def _attempt_numbers_used_again(stack: ExitStack) -> None:
@@ -272,6 +286,7 @@ BUGS: dict[str, Callable[[ExitStack], Prepare | None]] = {
     "attempt-outlives-its-generation": _attempt_outlives_its_generation,
     "stale-term-obeyed": _stale_term_obeyed,
     "delete-before-retire": _delete_before_retire,
+    "delete-what-is-referred-to": _delete_what_is_referred_to,
     "attempt-numbers-used-again": _attempt_numbers_used_again,
     "parent-directory-not-synced": _parent_directory_not_synced,
     "read-back-not-synced": _read_back_not_synced,

@@ -111,7 +111,7 @@ class Coordinator:
     def _sweep(self, history: History) -> None:
         """Delete what generations before the newest left unfinished: nobody can commit that any more."""
         newest = history.generation.generation if history.generation is not None else 0
-        kept = {body.attempt for _, body in history.commits}
+        kept = history.needed
         for attempt in self.world.truth.leftovers():
             if attempt not in kept and (attempt.generation < newest or self.world.sweeps_all):
                 self.world.storage.delete(attempt)

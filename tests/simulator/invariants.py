@@ -110,12 +110,14 @@ class Truth:
         if attempt.step < self.last_step:
             raise Violation(f"{attempt} is committed after step {self.last_step}")
         self.last_step = attempt.step
+        if lost := set(body.refers) - self.history.needed:
+            raise Violation(f"{attempt} refers to {min(lost)}, whose files nothing keeps")
         self._whole(body)
 
     def _retire(self, attempt: m.Attempt) -> None:
         # `history` has it left out already. Of a damage that no restore has met yet the coordinator cannot know.
         left = len(self.history.commits)
-        if left < self.world.plan.policy.checkpoint.keep:
+        if left < self.world.plan.policy.checkpoint.keep.last:
             raise Violation(f"{attempt} is retired: only {left} commits are left")
 
     def _whole(self, body: journal.CommitBody) -> None:
@@ -136,6 +138,8 @@ class Truth:
     def deleted(self, attempt: m.Attempt) -> None:
         if self._committed(attempt):
             raise Violation(f"{attempt} is deleted though it is committed and not retired")
+        if attempt in self.history.needed:
+            raise Violation(f"{attempt} is deleted though a commit refers to it")
 
     def power_was_cut(self) -> None:
         """Read everything again: what was committed before must have stayed, unless its record was still in flight."""
@@ -186,6 +190,8 @@ class Truth:
                 case run_state.Discard(attempt):
                     if self._committed(attempt):
                         raise Violation(f"{who.name} discards {attempt}, which is committed and not retired")
+                    if attempt in self.history.needed:
+                        raise Violation(f"{who.name} discards {attempt}, to which a commit refers")
                 case run_state.Publish(attempt):
                     self.attempts.add(attempt)
                 case run_state.Exit(_, summary):

@@ -34,7 +34,11 @@ class Link:
             self.arrives_up = self._carry(True, message, self.arrives_up, isinstance(message, m.Hello))
 
     def down(self, message: m.FromCoordinator) -> None:
-        if self.open:
+        if isinstance(message, m.Heard):
+            # As often as heartbeats, and alike: it takes part in no race but that with the lease, and is no event.
+            if self.open and self.world.now >= self.blocked_until[False]:
+                self._arrive_down(message)
+        elif self.open:
             self.arrives_down = self._carry(False, message, self.arrives_down, False)
 
     def _carry(self, up: bool, message: Any, after: float, certain: bool) -> float:

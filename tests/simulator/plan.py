@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from random import Random
 
 from ftrain.core.membership import FormationPolicy
+from ftrain.core.retention import RetentionPolicy
 from ftrain.core.run_state import RunPolicy
 from ftrain.core.schedule import CheckpointPolicy
 from ftrain.core.supervision import RestartPolicy
@@ -91,7 +92,7 @@ class Plan:
 
 def calm(seed: int, nodes: int = 2, processes: int = 2, total_steps: int = 9, every_steps: int = 3) -> Plan:
     """A schedule in which nothing goes wrong."""
-    policy = _policy(nodes, nodes, CheckpointPolicy(every_steps, 0.0, 2, 15.0))
+    policy = _policy(nodes, nodes, CheckpointPolicy(every_steps, 0.0, RetentionPolicy(2), 15.0))
     return Plan(seed, nodes, 0, processes, total_steps, 0.4, True, policy, Network(), Disk(), (), {}, 0, True)
 
 
@@ -101,7 +102,7 @@ def draw(seed: int) -> Plan:
     nodes = rng.choice((1, 1, 2, 2, 2, 3))
     processes = rng.choice((1, 1, 2)) if nodes < 3 else 1
     nodes_min = nodes if rng.random() < 0.6 else max(1, nodes - 1)
-    keep = rng.choice((1, 1, 2, 3))
+    keep = RetentionPolicy(rng.choice((1, 1, 2, 3)), every_steps=seed % 3 and 4)
     if rng.random() < 0.7:
         checkpoint = CheckpointPolicy(rng.choice((1, 2, 2, 3, 4)), 0.0, keep, 15.0)
     else:

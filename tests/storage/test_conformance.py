@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import random
 from array import array
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,17 +12,22 @@ from pathlib import Path
 
 import pytest
 
-from ftrain._native import Pack, crc32c
+from ftrain._native import crc32c
 from ftrain.errors import AlreadyExists, CorruptCheckpoint, NotFound, StorageError, UsageError
 from ftrain.storage import PosixStorage, Storage, open_storage
 from ftrain.storage.base import Effort, Ranges
+from ftrain.storage.pack import Pack
 from ftrain.storage.posix import FILES_MAX
+from tests.storage.servers import set_environment
 
 
-@pytest.fixture(params=[PosixStorage], ids=["posix"])
-def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
-    made: Storage = request.param(tmp_path / "run")
-    return made
+@pytest.fixture(params=["posix", "moto", "seaweedfs"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Storage:
+    if request.param == "posix":
+        return PosixStorage(tmp_path / "run")
+    server = request.getfixturevalue(request.param)
+    set_environment(server, monkeypatch)
+    return open_storage(server.new_url())
 
 
 class Memory:
@@ -52,6 +58,7 @@ def range_of(path: str, offset: int, nbytes: int, memory: Memory, data: bytes) -
 
 
 EASY = Effort()
+MIB = 1 << 20
 
 
 @pytest.fixture
@@ -134,6 +141,59 @@ def test_a_pack_is_written_and_read_back_from_any_alignment(
         assert target.bytes()[: nbytes - 3] == wanted
 
 
+@pytest.mark.parametrize("with_image", [False, True])
+def test_a_large_pack_of_many_boxes_is_written_whole_with_its_sums(
+    storage: Storage, never: Callable[[], bool], with_image: bool
+) -> None:
+    payload, ending = 20 * MIB, b"the end"
+    data = bytearray(payload)
+    boxes = [(0, 5 * MIB + 1), (8 * MIB - 3, 6), (9 * MIB, 0), (9 * MIB + 4096, 10 * MIB)]
+    for offset, nbytes in boxes:
+        data[offset : offset + nbytes] = random.Random(offset).randbytes(nbytes)
+    source = Memory(payload + 4096, bytes(data))
+    columns = [
+        array("Q", words) for words in zip(*((at, source.address + at, size) for at, size in boxes), strict=True)
+    ]
+    image = source.address if with_image else 0
+    pack = Pack(*columns, payload, 4 * MIB, payload + 4096, ending, image)
+    sums, chunks = storage.write_pack("packs/0/c/0", pack, EASY, should_stop=never)
+    assert sums == [crc32c(data[at : at + size]) for at, size in boxes]
+    assert chunks == [crc32c(data[at : at + 4 * MIB]) for at in range(0, payload, 4 * MIB)]
+    assert storage.size("packs/0/c/0") == payload + 4096
+    found = storage.read("packs/0/c/0")
+    assert found[:payload] == data and found.endswith(bytes(4096 - len(ending)) + ending)
+    ranges, target = Ranges(["packs/0/c/0"]), Memory(payload)
+    for (at, size), crc in zip(boxes, sums, strict=True):
+        ranges.add(0, crc, at, size, target.address + at)
+        ranges.add(0, crc, at, size, 0)
+    ranges.add(0, 1, boxes[3][0], boxes[3][1], 0)
+    assert storage.read_ranges(ranges) == [8]
+    assert target.bytes() == data
+    with pytest.raises(AlreadyExists):
+        storage.write_pack("packs/0/c/0", pack, EASY, should_stop=never)
+
+
+def test_a_large_write_that_is_told_to_stop_in_the_middle_leaves_nothing(storage: Storage) -> None:
+    memory = Memory(32 * MIB)
+    asked = iter([False, False])
+    with pytest.raises(StorageError, match="stopped"):
+        storage.write_pack(
+            "packs/0",
+            pack_of(memory, 32 * MIB),
+            Effort(bytes_per_second_max=MIB),
+            should_stop=lambda: next(asked, True),
+        )
+    assert storage.list("packs") == []
+    storage.write_pack("packs/0", pack_of(memory, 32 * MIB), EASY, should_stop=lambda: False)
+    assert storage.size("packs/0") == 32 * MIB
+
+
+def test_a_good_storage_passes_its_check_and_nothing_is_left(storage: Storage) -> None:
+    storage.check()
+    assert storage.list("") == []
+    assert not storage.exists("a")
+
+
 def test_a_range_that_does_not_match_its_checksum_is_named(storage: Storage) -> None:
     storage.create("file", b"x" * 8192)
     memory = Memory(4096)
@@ -192,7 +252,7 @@ def test_urls_and_paths_open_the_same_storage(tmp_path: Path) -> None:
     assert open_storage(f"file://{tmp_path}/a%20b").read("x") == b"1"
 
 
-@pytest.mark.parametrize("url", ["s3://bucket/run", "file://host/run", ""])
+@pytest.mark.parametrize("url", ["ftp://bucket/run", "file://host/run", "s3://", "s3:///run", "s3://bucket/../run", ""])
 def test_a_storage_that_there_is_not_is_a_wrong_use(url: str) -> None:
     with pytest.raises(UsageError):
         open_storage(url)

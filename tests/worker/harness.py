@@ -35,7 +35,7 @@ from ftrain.core.messages import Attempt, Resume
 from ftrain.core.page import Field
 from ftrain.storage.posix import PosixStorage
 
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 180.0
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed.fsdp", "ftrain.worker"])
 _DECODER = msgspec.json.Decoder(local.FromWorker)
@@ -166,6 +166,7 @@ class Agent:
         return Boot(
             run_id="test",
             run_dir=str(self.path / "run"),
+            storage=str(self.path / "run"),
             generation=self._generation,
             rank=worker.rank,
             local_rank=worker.rank,

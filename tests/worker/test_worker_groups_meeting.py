@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -118,6 +120,34 @@ def test_error_of_making_a_group_is_raised_where_it_was_asked_for() -> None:
 
     with pytest.raises(ConnectionError, match="no route"):
         beside(connect, lambda: None)
+
+
+def test_error_of_a_group_that_is_given_up_keeps_no_connection_alive() -> None:
+    class Connection:
+        pass
+
+    kept: list[weakref.ref[Connection]] = []
+
+    def make() -> None:
+        connection = Connection()
+        kept.append(weakref.ref(connection))
+        raise OSError("the peer is gone")
+
+    def check() -> None:
+        if kept:
+            raise PeerLost("revoked")
+
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(PeerLost):
+            beside(make, check)
+        for thread in threading.enumerate():
+            if thread.name == "ftrain-connect":
+                thread.join()
+        assert kept[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_groups_made_after_a_recovery_meet(tmp_path: Path) -> None:

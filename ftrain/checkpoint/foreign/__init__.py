@@ -1,0 +1,1 @@
+"""Checkpoints of others: read without executing anything, and written so that their own readers take them."""

@@ -1,0 +1,1 @@
+"""`ftrain ckpt`: what people do with checkpoints."""

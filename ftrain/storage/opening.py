@@ -1,0 +1,72 @@
+"""From what a user gives, a path or a URL, to the storage there: the one place that knows the schemes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from ftrain.errors import UsageError
+from ftrain.storage.base import Storage
+from ftrain.storage.posix import PosixStorage
+
+SCHEMES = ("s3", "gs", "az")
+
+
+def open_storage(url: str) -> Storage:
+    """The storage at a path, or at a URL: `file://`, `s3://`, `gs://`, `az://`. Nothing is read or written yet.
+
+    Credentials are those of the environment. Raises `UsageError` for any other scheme, and for a path to a file.
+    """
+    if is_url(url):
+        scheme, _, rest = url.partition("://")
+        if scheme in SCHEMES:
+            return _object_store(scheme, rest)
+        parts = urlsplit(url)
+        if scheme != "file" or parts.netloc not in ("", "localhost"):
+            raise UsageError(f"{url}: give a path, or a URL that begins with file:///, s3://, gs:// or az://")
+        url = unquote(parts.path)
+    if not url:
+        raise UsageError("an empty path cannot be a storage directory; name a directory")
+    if Path(url).exists() and not Path(url).is_dir():
+        raise UsageError(f"{url} is not a directory; name a directory that can be written to")
+    return PosixStorage(url)
+
+
+def open_parent(place: str | Path) -> tuple[Storage, str]:
+    """The storage that holds the directory `place` (a path or a URL), and its name there. Raises `UsageError`."""
+    if is_url(str(place)):
+        parent, _, name = str(place).rstrip("/").rpartition("/")
+        if not parent.partition("://")[2].strip("/"):
+            raise UsageError(f"{place}: name what is to become the checkpoint, as in s3://BUCKET/NAME")
+        return open_storage(parent), name
+    path = Path(place).absolute()
+    if path.is_symlink():  # who names it may follow it; what a checkpoint itself holds of links is not followed
+        path = path.resolve()
+    if not path.name:
+        raise UsageError(f"{place}: name the directory that is to become the checkpoint")
+    return open_storage(str(path.parent)), path.name
+
+
+def open_in_run(place: str | Path) -> tuple[Storage, str]:
+    """As `open_parent`; but for an attempt of a run the run's storage, as the attempt may refer to others there."""
+    text = str(place).rstrip("/") if is_url(str(place)) else str(Path(place).absolute())
+    run, name = "/".join(text.split("/")[:-3]), "/".join(text.split("/")[-3:])
+    if run and re.fullmatch(r"checkpoints/step-\d+/g\d+-a\d+", name):
+        return open_storage(run), name
+    return open_parent(place)
+
+
+def is_url(place: str) -> bool:
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", place) is not None
+
+
+def _object_store(scheme: str, rest: str) -> Storage:
+    # Only who uses an object store loads the library and has its threads.
+    from ftrain.storage.bucket import StoreBucket
+    from ftrain.storage.object_store import ObjectStorage
+
+    bucket, _, prefix = rest.partition("/")
+    if "//" in rest or any(name in (".", "..") for name in prefix.split("/")):
+        raise UsageError(f"{scheme}://{rest}: empty names, . and .. cannot be in it")
+    return ObjectStorage(StoreBucket(scheme, bucket, prefix.strip("/")))
