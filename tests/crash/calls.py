@@ -19,7 +19,7 @@ from typing import Any
 from unittest.mock import patch
 
 from ftrain._native import Pack
-from ftrain.checkpoint import persist, restore
+from ftrain.checkpoint import persist, written
 from ftrain.storage import posix
 from tests.crash.disk import Op
 
@@ -100,7 +100,7 @@ class Recorder:
                 stack.enter_context(patch.object(os, name, getattr(self, f"_{name}")))
             stack.enter_context(patch.object(Path, "read_bytes", lambda path: self._read(path)))
             stack.enter_context(patch.object(persist, "Pack", self._pack))
-            stack.enter_context(patch.object(restore, "THREADS", 1))
+            stack.enter_context(patch.object(written, "THREADS", 1))
             stack.enter_context(patch.object(posix.uuid, "uuid4", self._uuid))
             yield
 

@@ -78,7 +78,7 @@ class Life:
             self._tell(Told("seen", body.attempt))
         for attempt in self.history.retired:
             self._tell(Told("retiring", attempt))
-        live = {body.attempt.path for _, body in self.history.commits}
+        live = {attempt.path for attempt in self.history.needed}
         newest = self.history.generation.generation if self.history.generation is not None else 0
         sweep(self._storage, live, newest)
         self._appender = Appender(self._writer, self.history.head)

@@ -174,8 +174,8 @@ def test_more_launchers_than_nodes_wait_and_end_with_the_run(cluster: Cluster) -
     """In torchrun and DLRover surplus agents made new rounds, or waited until they failed (pytorch#114097,
     dlrover#1534)."""
     nodes = Nodes(cluster, 2, 60, "--checkpoint-every", 20)
-    launchers = [nodes.start() for _ in range(4)]
-    assert [launcher.wait() for launcher in launchers] == [0] * 4, "\n".join(one.text for one in launchers)
+    launchers = [nodes.start() for _ in range(3)]
+    assert [launcher.wait() for launcher in launchers] == [0] * 3, "\n".join(one.text for one in launchers)
     assert nodes.worlds() == [2]
     assert sorted({step for step, _ in nodes.job.history()}) == list(range(60))
     assert cluster.nothing_left()
