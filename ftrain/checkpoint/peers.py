@@ -39,14 +39,14 @@ class Alone:
 class Together:
     """All ranks of the default process group, through its store: no collective that training could get in the way of.
 
-    May be used from a thread. `number` tells apart what goes on at a time, and is the same on all ranks.
+    May be used from a thread.
     """
 
-    def __init__(self, number: int) -> None:
+    def __init__(self) -> None:
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         store: Store = dist.distributed_c10d._get_default_store()
-        self._store = PrefixStore(f"ftrain/save/{number}", store)
+        self._store = PrefixStore(f"ftrain/save/{_numbers.next(store)}", store)
         self._rounds = itertools.count()
 
     def exchange(self, own: bytes) -> list[bytes]:
@@ -72,13 +72,30 @@ class Apart:
         return [own]
 
 
-_numbers = itertools.count()
+class _Numbers:
+    """Tell apart what goes on at a time, and are the same on all ranks, which call in the same order.
+
+    They begin anew with each store: a rank that is forked anew shares another one with those that go on, and knows
+    nothing of what these have saved before.
+    """
+
+    def __init__(self) -> None:
+        self._store: Store | None = None
+        self._next = itertools.count()
+
+    def next(self, store: Store) -> int:
+        if store is not self._store:
+            self._store, self._next = store, itertools.count()
+        return next(self._next)
+
+
+_numbers = _Numbers()
 
 
 def peers() -> Peers:
     """The ranks of the default process group, where there is one. To be called in the same order on all of them."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        return Together(next(_numbers))
+        return Together()
     return Alone()
 
 

@@ -95,6 +95,7 @@ class Steps:
             self._iterated = True
             return
         self._done += 1
+        step._finished = True
         self._iterated = True
         if self._link is None:
             return
@@ -245,6 +246,7 @@ class Step(int):
     """One step: the number of steps before it, and a context manager."""
 
     _steps: Steps
+    _finished = False
 
     @classmethod
     def of(cls, steps: Steps, number: int) -> Step:
@@ -256,6 +258,14 @@ class Step(int):
     def number(self) -> int:
         """Counts from 0 at the beginning of the run, not of this process."""
         return int(self)
+
+    @property
+    def done(self) -> bool:
+        """Whether this step was finished and counts: to be asked by what follows `with step` in the loop.
+
+        False after a step that lost a peer, and after one that was only repeated to get back to where the others are.
+        """
+        return self._finished
 
     def log(self, **values: float | torch.Tensor) -> None:
         """Report metrics: numbers, or tensors of one element, read a step later so as not to wait for the device."""
