@@ -78,9 +78,6 @@ class CoordinatorHost:
         """Listen, read the journal, take over. Returns the port. Raises `Unavailable` when it cannot listen."""
         port = await self._service.start()
         history = await self._loop.run_in_executor(self._journal, durable_history, self._storage)
-        live = {attempt.path for attempt in history.needed}
-        newest = history.generation.generation if history.generation is not None else 0
-        await self._loop.run_in_executor(self._files, sweep, self._storage, live, newest)
         self._state = coordinator.initial(self.policy, history, self._writer)
         self._post(run_state.Begin())
         for event in self._early:
@@ -187,6 +184,8 @@ class CoordinatorHost:
             case run_state.Discard(attempt):
                 self._discarded.append(attempt.path)
                 self._files.submit(_discard, self._storage, tuple(self._discarded))
+            case run_state.Sweep():
+                self._files.submit(_sweep, self._storage, action)
             case run_state.Exit():
                 self._finish(action)
             case _:
@@ -236,6 +235,13 @@ def _publish(storage: Storage, action: run_state.Publish, writer: str) -> run_st
         log.exception("the manifest of %s could not be written", action.attempt)
         return run_state.Published(action.attempt, "", f"{type(error).__name__}: {error}")
     return run_state.Published(action.attempt, sha256)
+
+
+def _sweep(storage: Storage, action: run_state.Sweep) -> None:
+    try:
+        sweep(storage, {attempt.path for attempt in action.needed}, action.before_generation)
+    except (FtrainError, OSError) as error:
+        log.warning("what former attempts left could not be removed: %s", error)
 
 
 def _discard(storage: Storage, paths: Sequence[str]) -> None:

@@ -43,10 +43,10 @@ def pinned_paths(storage: Storage) -> set[str]:
 def sweep(storage: Storage, live_paths: Collection[str], before_generation: int) -> list[str]:
     """Remove the attempts of generations before this one that are neither live nor pinned, and return their paths.
 
-    `live_paths` are all that the journal's commits need. A generation is recorded in the journal only when the attempts
-    of the one before are settled. So with the number of the newest generation in the journal this is safe even while an
-    older coordinator still lives: what it may yet commit belongs to that generation or a later one, and refers to what
-    the newest commit needs. Nothing is removed where it cannot be read what pinned commits need.
+    `live_paths` are all that the journal's commits need. To be called by the coordinator that has fenced all others:
+    one that still could append would commit what looks unfinished here. Attempts of the newest generation in its
+    journal, and of later ones, are its own to settle. Nothing is removed where it cannot be read what pinned commits
+    need.
     """
     removed: list[str] = []
     try:

@@ -48,6 +48,7 @@ from ftrain.core.run_state import (
     RunPolicy,
     State,
     Stored,
+    Sweep,
     Tick,
     Turn,
 )
@@ -131,6 +132,8 @@ def _take_over(turn: Turn) -> None:
     state = turn.state
     last = state.history.generation
     turn.set(waiting_since=turn.now)
+    if last is not None:
+        turn.do(Sweep(frozenset(state.history.needed), last.generation))
     if last is None or state.history.finish is not None:
         turn.enter(Phase.FORMING)
     else:

@@ -208,6 +208,18 @@ class Discard:
 
 
 @dataclass(frozen=True, slots=True)
+class Sweep:
+    """Delete what attempts of generations before this one left, but for `needed`.
+
+    Only once the history is ours: until then a former coordinator may commit what looks unfinished. A generation that
+    goes on in place does not wait for the last attempt of the one before.
+    """
+
+    needed: frozenset[m.Attempt]
+    before_generation: int
+
+
+@dataclass(frozen=True, slots=True)
 class Log:
     text: str
     level: str = "info"  # info, warning, error
@@ -256,7 +268,7 @@ class Exit:
     summary: str
 
 
-Action = Send | Store | Publish | Discard | Log | Interrupted | Continues | Resumed | Measured | Exit
+Action = Send | Store | Publish | Discard | Sweep | Log | Interrupted | Continues | Resumed | Measured | Exit
 
 
 class Turn:

@@ -80,9 +80,9 @@ class Life:
             self._tell(Told("retiring", attempt))
         live = {attempt.path for attempt in self.history.needed}
         newest = self.history.generation.generation if self.history.generation is not None else 0
-        sweep(self._storage, live, newest)
         self._appender = Appender(self._writer, self.history.head)
         self._append(journal.RunBody("run", "job", "version"))
+        sweep(self._storage, live, newest)
         self._tell(Told("began"))
         self._generation = newest + 1
         line = recovery.recovery_line(self.history, frozenset())

@@ -30,7 +30,13 @@ def main() -> int:
         return int(bool(outcome.violation))
     began = time.perf_counter()
 
+    shown = 0
+
     def progress(tally: Tally) -> None:
+        nonlocal shown
+        for seed, text in tally.violations[shown:]:
+            print(f"seed {seed}: {text}", file=sys.stderr, flush=True)
+        shown = len(tally.violations)
         if tally.schedules % PROGRESS == 0:
             print(f"{tally.schedules} schedules, {len(tally.violations)} violations", file=sys.stderr, flush=True)
 

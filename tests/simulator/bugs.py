@@ -209,9 +209,9 @@ def _create_not_exclusive(_: ExitStack) -> Prepare:
     return prepare
 
 
-def _sweep_of_the_newest_generation(_: ExitStack) -> Prepare:
+def _sweep_before_the_fence(_: ExitStack) -> Prepare:
     def prepare(world: World) -> None:
-        world.sweeps_all = True
+        world.sweeps_unfenced = True
 
     return prepare
 
@@ -269,7 +269,7 @@ def _attempt_not_waited_for(stack: ExitStack) -> None:
 # Where a hunt for a bug that shows seldom aims a fault: the act of a coordinator, and what strikes right after it.
 AIMS = {
     "attempt-numbers-used-again": ("arm", "pause coordinator"),
-    "sweep-of-the-newest-generation": ("commit", "second coordinator"),
+    "sweep-before-the-fence": ("commit", "second coordinator"),
     "stale-term-obeyed": ("arm", "pause coordinator"),
 }
 
@@ -291,7 +291,7 @@ BUGS: dict[str, Callable[[ExitStack], Prepare | None]] = {
     "parent-directory-not-synced": _parent_directory_not_synced,
     "read-back-not-synced": _read_back_not_synced,
     "create-not-exclusive": _create_not_exclusive,
-    "sweep-of-the-newest-generation": _sweep_of_the_newest_generation,
+    "sweep-before-the-fence": _sweep_before_the_fence,
     "lost-last-state-is-success": _lost_last_state_is_success,
     "unsaved-steps-said-saved": _unsaved_steps_said_saved,
     "unsaved-steps-said-saved-alone": _unsaved_steps_said_saved_alone,

@@ -44,7 +44,8 @@ class Coordinator:
         history = History()
         for path, data in self.world.storage.records():
             history = history.after(journal.decode(data, path), journal.digest(data))
-        self._sweep(history)
+        if self.world.sweeps_unfenced:
+            self._sweep(frozenset(history.needed), history.head.sequence + 1)
         self.world.after(self.world.uniform(0.0, 0.2), self._begin, history)
 
     def _begin(self, history: History) -> None:
@@ -102,18 +103,18 @@ class Coordinator:
                 storage.write(attempt, "manifest", manifest, lambda cause: self._published(attempt, cause))
             case run_state.Discard(attempt):
                 storage.delete(attempt)
+            case run_state.Sweep(needed, newest):
+                self._sweep(needed, newest)
             case _:
                 pass
 
     def _published(self, attempt: m.Attempt, cause: str) -> None:
         self.feed(run_state.Published(attempt, "" if cause else "0" * 64, cause))
 
-    def _sweep(self, history: History) -> None:
+    def _sweep(self, needed: frozenset[m.Attempt], newest: int) -> None:
         """Delete what generations before the newest left unfinished: nobody can commit that any more."""
-        newest = history.generation.generation if history.generation is not None else 0
-        kept = history.needed
         for attempt in self.world.truth.leftovers():
-            if attempt not in kept and (attempt.generation < newest or self.world.sweeps_all):
+            if attempt not in needed and attempt.generation < newest:
                 self.world.storage.delete(attempt)
 
     def _set_timer(self) -> None:

@@ -55,7 +55,7 @@ class World:
         self.counted: Counter[str] = Counter()
         self.network: Network = plan.network
         self.healed = False
-        self.sweeps_all = False  # a planted bug of the coordinator's shell
+        self.sweeps_unfenced = False  # a planted bug of the coordinator's shell
         self.deadline = float("inf")
         self.baseline = 0
         self.unreachable: dict[int, float] = {}
