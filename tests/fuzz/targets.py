@@ -56,9 +56,13 @@ def _plain(data: bytes) -> None:
     plain.decode(value)
 
 
+_loop = asyncio.new_event_loop()  # a reader asks for one; nothing is ever run on it
+_loop.close()
+
+
 def _peer(data: bytes) -> None:
     async def receive() -> None:
-        reader = asyncio.StreamReader()
+        reader = asyncio.StreamReader(loop=_loop)
         reader.feed_data(data)
         reader.feed_eof()
         wire = peer_wire.Wire(reader, None, "a peer")  # type: ignore[arg-type]  # it writes nothing

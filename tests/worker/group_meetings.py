@@ -164,7 +164,9 @@ def met_later(rank: Rank) -> None:
     """Groups made after a newcomer was met; the survivor has made and destroyed one more before."""
     half = dist.new_group(list(range(rank.size)))
     if not rank.alone:
-        dist.destroy_process_group(dist.new_group(list(range(rank.size))))
+        more = dist.new_group(list(range(rank.size)))
+        dist.barrier()  # whoever has connected first would otherwise hang up on those that are still connecting
+        dist.destroy_process_group(more)
         dist.barrier()
         rank.say("met")
         if rank.rank == 1:
