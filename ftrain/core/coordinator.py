@@ -221,7 +221,10 @@ def _advance(turn: Turn) -> None:
             case Phase.STOPPING:
                 ending.stopping(turn)
             case Phase.SETTLING:
-                if not ending.waits_for_attempt(turn) or turn.now >= turn.state.until:
+                if (
+                    not ending.waits_for_attempt(turn, remains.connected_nodes(turn.state))
+                    or turn.now >= turn.state.until
+                ):
                     ending.judge(turn)
             case Phase.PAUSING:
                 if turn.now >= turn.state.until:

@@ -112,19 +112,19 @@ def _never_started(state: State, node: str) -> bool:
     return report is not None and report.stopped and report.generation != state.number and not state.recorded
 
 
-def waits_for_attempt(turn: Turn) -> bool:
-    """What the run goes on from is not known before its last attempt is committed or aborted."""
+def waits_for_attempt(turn: Turn, nodes: frozenset[str]) -> bool:
+    """What these nodes go on from is not known before the run's last attempt is committed or aborted."""
     barrier = turn.state.barrier
     if barrier is None or not rounds.undecided(turn):
         return False
-    line = remains.recovery_line(turn.state, remains.connected_nodes(turn.state))
+    line = remains.recovery_line(turn.state, nodes)
     return line is None or line.step < barrier.attempt.step
 
 
 def judge(turn: Turn) -> None:
     """The generation is over and what it leaves is known: what now?"""
     state = turn.state
-    if waits_for_attempt(turn):
+    if waits_for_attempt(turn, remains.connected_nodes(state)):
         rounds.feed(turn, commit.Expired("the run could not wait for it any longer"))
         if rounds.undecided(turn):
             return  # its record is being written: only storage can tell

@@ -32,6 +32,8 @@ def form(turn: Turn) -> None:
             survivors = remains.survivors(state, found.nodes)
             line = remains.recovery_line(state, found.nodes)
             assert state.generation is not None or not survivors
+            if ending.waits_for_attempt(turn, found.nodes):
+                return  # whoever could have gone on without it is gone, too; its deadline bounds the wait
             if survivors and (
                 line is None or state.generation is None or not membership.same_places(state.generation, found)
             ):

@@ -263,7 +263,7 @@ def _snapshot_of_some_ranks_believed(stack: ExitStack) -> None:
 
 def _attempt_not_waited_for(stack: ExitStack) -> None:
     """It may still be committed, but something older is there already."""
-    stack.enter_context(patch.object(ending, "waits_for_attempt", lambda _turn: False))
+    stack.enter_context(patch.object(ending, "waits_for_attempt", lambda *_: False))
 
 
 # Where a hunt for a bug that shows seldom aims a fault: the act of a coordinator, and what strikes right after it.
