@@ -25,9 +25,10 @@ def test_agent_killed_at_any_place_of_its_saving_is_continued_by_another(cluster
         assert cluster.nothing_left()
         # The record is the commit, and nothing else is.
         assert (max(job.commits(), default=0) >= 3 * number) == (place == "after the record"), (place, before)
+    newest = max(job.commits())
     launcher = cluster.launch(*flags)
     assert launcher.wait() == 0, launcher.text
-    assert f"from step {3 * len(hurt_launcher.PLACES)}" in launcher.text
+    assert f"from step {newest}" in launcher.text
     assert job.history() == unhurt("ddp").history()
     assert job.end() == unhurt("ddp").end()
     assert len(job.checkpoints()) == 2  # what the dead ones left half written is gone
