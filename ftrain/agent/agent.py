@@ -261,9 +261,9 @@ class Agent:
             case node.SetVerdict(attempt, leave, ranks):
                 for rank in ranks:
                     pages.give_verdict(self._workers[rank].page, attempt, leave)
-            case node.ReleasePages(ranks):
+            case node.ReleasePages(generation, ranks):
                 for rank in ranks:
-                    pages.release(self._workers[rank].page)
+                    pages.release(self._workers[rank].page, generation)
             case node.Persist(attempt, rank, slot, base):
                 self._saver.save(attempt, rank, self._workers[rank].memory.arena, slot, base)
             case node.CancelPersist(attempt):

@@ -19,28 +19,18 @@ from typing import Any
 from ftrain.agent.report import metrics_text, status
 from ftrain.agent.story import Story
 from ftrain.checkpoint.publish import publish
-from ftrain.checkpoint.retain import remove, sweep
+from ftrain.checkpoint.retain import pinned_paths, remove, sweep
 from ftrain.control.secret import Secret
 from ftrain.control.service import Peer, Service
 from ftrain.core import coordinator, journal, run_state
 from ftrain.core import messages as m
-from ftrain.core.journal import History
 from ftrain.core.run_state import Phase, RunPolicy
 from ftrain.errors import AlreadyExists, FtrainError, NotFound, StorageError, UnknownOutcome
 from ftrain.storage.base import Storage
-from ftrain.storage.history import read_history
+from ftrain.storage.history import durable_history
 
 log = logging.getLogger("ftrain")
 DISCARDED_MAX = 256
-
-
-def durable_history(storage: Storage) -> History:
-    """The journal from its beginning, made durable. Raises `CorruptCheckpoint` naming the first bad record."""
-    found, newest = read_history(storage)
-    if newest and not storage.confirm(journal.path_of(found.head.sequence), newest):
-        # Its writer may have died before it was durable, and we are about to act upon it.
-        raise StorageError(f"{storage.url}: the newest journal record cannot be made durable; mend the storage first")
-    return found
 
 
 class CoordinatorHost:
@@ -245,8 +235,13 @@ def _sweep(storage: Storage, action: run_state.Sweep) -> None:
 
 
 def _discard(storage: Storage, paths: Sequence[str]) -> None:
+    try:
+        pinned = pinned_paths(storage) if paths else set()
+    except (FtrainError, OSError) as error:
+        log.debug("nothing is removed yet: %s", error)
+        return
     for path in paths:
         try:
-            remove(storage, path)
+            remove(storage, path, pinned)
         except (FtrainError, OSError) as error:
             log.debug("%s could not be removed yet: %s", path, error)

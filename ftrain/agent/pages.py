@@ -57,8 +57,8 @@ def give_verdict(page: ControlPage, attempt: Attempt, leave: bool) -> None:
     notify(page)
 
 
-def release(page: ControlPage) -> None:
-    page.store(Field.RELEASE, 1)
+def release(page: ControlPage, generation: int) -> None:
+    page.store(Field.RELEASE, generation)
     notify(page)
 
 

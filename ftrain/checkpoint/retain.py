@@ -16,13 +16,13 @@ log = logging.getLogger("ftrain")
 CHECKPOINTS = "checkpoints"
 
 
-def remove(storage: Storage, path: str) -> None:
+def remove(storage: Storage, path: str, pinned: Collection[str] | None = None) -> None:
     """Remove the attempt at `path`, unless a pin keeps it. The journal must have let go of it before.
 
-    No error where it is gone already. Raises `CorruptCheckpoint`, with nothing removed, where a pin or a pinned commit
-    cannot be read: it may need it.
+    `pinned` is what `pinned_paths` has given since then, where several are removed. No error where it is gone already.
+    Raises `CorruptCheckpoint`, with nothing removed, where a pin or a pinned commit cannot be read: it may need it.
     """
-    if path not in pinned_paths(storage):
+    if path not in (pinned_paths(storage) if pinned is None else pinned):
         storage.remove_tree(path)
 
 

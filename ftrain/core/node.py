@@ -220,7 +220,7 @@ def _said(turn: Turn, message: m.FromCoordinator) -> None:
             if state.snapshot is not None and state.snapshot.attempt == attempt:
                 turn.set(snapshot=None)
                 if state.alive and all(_is_last(worker, attempt.step) for worker in state.alive):
-                    turn.do(ReleasePages(node_attempts.ranks_of(state)))
+                    turn.do(ReleasePages(state.generation, node_attempts.ranks_of(state)))
         case m.Verdict(attempt=attempt, leave=leave):
             if attempt.generation == state.generation:
                 if state.snapshot is not None and state.snapshot.attempt == attempt:
@@ -228,7 +228,7 @@ def _said(turn: Turn, message: m.FromCoordinator) -> None:
                 turn.do(SetVerdict(attempt, leave, node_attempts.ranks_of(state)))
         case m.Release(generation=generation):
             if generation == state.generation:
-                turn.do(ReleasePages(node_attempts.ranks_of(state)))
+                turn.do(ReleasePages(state.generation, node_attempts.ranks_of(state)))
         case m.Leave():
             turn.set(leave=message)
             if state.alive:

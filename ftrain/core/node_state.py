@@ -315,6 +315,7 @@ class SetVerdict:
 
 @dataclass(frozen=True, slots=True)
 class ReleasePages:
+    generation: int
     ranks: tuple[int, ...]
 
 

@@ -35,7 +35,7 @@ class Field(IntEnum):
     ARMED_SLOT = 34  # the arena's slot to fill
     ARMED_HOLD = 35  # 1: wait at that boundary until VERDICT names the attempt
     VERDICT = 36  # attempt number: go on; its negative: leave now
-    RELEASE = 37  # 1: do not wait for a last snapshot, end
+    RELEASE = 37  # the newest generation whose ranks wait for no last snapshot: whoever is at its end leaves
     REVOKED = 39  # the newest generation that is over: whoever is in it stands still
     EVENT = 38  # counts up, and is woken as a futex, after any of the above changed: what a waiting worker waits on
 

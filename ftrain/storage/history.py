@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from ftrain.core import journal
 from ftrain.core.journal import History
-from ftrain.errors import NotFound
+from ftrain.errors import NotFound, StorageError
 from ftrain.storage.base import Storage
 
 READS_IN_FLIGHT = 16
@@ -23,6 +23,15 @@ def read_history(storage: Storage) -> tuple[History, bytes]:
         path = journal.path_of(history.head.sequence + 1)
         history, newest = history.after(journal.decode(data, path), journal.digest(data)), data
     return history, newest
+
+
+def durable_history(storage: Storage) -> History:
+    """The journal from its beginning, made durable. Raises `CorruptCheckpoint` naming the first bad record."""
+    found, newest = read_history(storage)
+    if newest and not storage.confirm(journal.path_of(found.head.sequence), newest):
+        # Its writer may have died before it was durable, and we are about to act upon it.
+        raise StorageError(f"{storage.url}: the newest journal record cannot be made durable; mend the storage first")
+    return found
 
 
 def _records(storage: Storage) -> Iterator[bytes]:

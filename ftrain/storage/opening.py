@@ -11,6 +11,7 @@ from ftrain.storage.base import Storage
 from ftrain.storage.posix import PosixStorage
 
 SCHEMES = ("s3", "gs", "az")
+_ATTEMPT = re.compile(r"checkpoints/step-\d+/g\d+-a\d+")
 
 
 def open_storage(url: str) -> Storage:
@@ -50,11 +51,20 @@ def open_parent(place: str | Path) -> tuple[Storage, str]:
 
 def open_in_run(place: str | Path) -> tuple[Storage, str]:
     """As `open_parent`; but for an attempt of a run the run's storage, as the attempt may refer to others there."""
-    text = str(place).rstrip("/") if is_url(str(place)) else str(Path(place).absolute())
-    run, name = "/".join(text.split("/")[:-3]), "/".join(text.split("/")[-3:])
-    if run and re.fullmatch(r"checkpoints/step-\d+/g\d+-a\d+", name):
-        return open_storage(run), name
-    return open_parent(place)
+    run, name = split_attempt(absolute(place))
+    return (open_storage(run), name) if run else open_parent(place)
+
+
+def split_attempt(place: str) -> tuple[str, str]:
+    """An attempt's path or URL as that of its run, and its name there; "" and "" for what is none."""
+    names = place.split("/")
+    run, name = "/".join(names[:-3]), "/".join(names[-3:])
+    return (run, name) if _ATTEMPT.fullmatch(name) else ("", "")
+
+
+def absolute(place: str | Path) -> str:
+    """A URL, or a path that does not depend on the current folder, without a slash at its end."""
+    return str(place).rstrip("/") if is_url(str(place)) else str(Path(place).absolute())
 
 
 def is_url(place: str) -> bool:

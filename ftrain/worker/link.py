@@ -174,7 +174,7 @@ class Link:
         page = self.page
         while True:
             event = page.load(Field.EVENT)
-            if page.load(Field.RELEASE) or self.revoked:
+            if page.load(Field.RELEASE) >= self.generation or self.revoked:
                 return None
             self.enter(Phase.BOUNDARY)
             armed = self.armed(step)

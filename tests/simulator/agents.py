@@ -123,9 +123,9 @@ class Agent:
                 for rank in ranks:
                     self.workers[rank].page.verdict = -attempt.number if leave else attempt.number
                 self._notify(ranks)
-            case node.ReleasePages(ranks):
+            case node.ReleasePages(generation, ranks):
                 for rank in ranks:
-                    self.workers[rank].page.release = 1
+                    self.workers[rank].page.release = generation
                 self._notify(ranks)
             case node.Persist(attempt, rank, slot, base):
                 self.refers[attempt, rank] = self._refers(attempt, rank, base)

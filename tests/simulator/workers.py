@@ -333,7 +333,7 @@ class Worker:
             if page.armed == page.step and page.armed_attempt != self.last_number:
                 page.phase = Phase.BOUNDARY
                 self.world.after(0.005 * self.world.random(), self._snapshot, self.generation)
-            elif page.release:
+            elif page.release >= self.generation:
                 page.phase = Phase.DONE
                 self.end(0)
 

@@ -137,7 +137,7 @@ class Agent:
             worker.page.wake(Field.EVENT)
 
     def release(self) -> None:
-        self.tell(Field.RELEASE, 1)
+        self.tell(Field.RELEASE, self._generation)
 
     def hear(self, kind: type[Any]) -> list[Any]:
         return [worker.hear(kind) for worker in self.workers]

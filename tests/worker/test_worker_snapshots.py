@@ -57,6 +57,17 @@ def test_worker_at_its_end_waits_until_the_last_state_is_committed(tmp_path: Pat
     assert first == second
 
 
+def test_worker_let_go_in_a_former_generation_waits_at_the_end_of_this_one(tmp_path: Path) -> None:
+    with agent(tmp_path, generation=2) as node:
+        node.tell(Field.RELEASE, 1)  # it went on in place since then
+        node.start(WHOLE, OPTIONS)
+        assert [said.step for said in node.hear(WorkerAtEnd)] == [6, 6]
+        node.arm(6)
+        assert [said.number for said in node.hear(WorkerSealed)] == [1, 1]
+        node.release()
+        assert node.end() == [0, 0]
+
+
 def test_state_that_grows_fails_one_attempt_and_is_in_the_next(tmp_path: Path) -> None:
     with agent(tmp_path) as node:
         node.arm(4, number=1)

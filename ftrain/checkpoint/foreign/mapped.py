@@ -19,6 +19,7 @@ from ftrain.checkpoint.items import torch_dtype
 from ftrain.checkpoint.source import TensorInfo, Wanted
 from ftrain.core.layout import ITEM_BYTES, Box, strides
 from ftrain.errors import CorruptCheckpoint, StorageError, UsageError
+from ftrain.storage.opening import is_url
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +162,7 @@ def checked_shape(sizes: object, key: str, where: str) -> tuple[int, ...]:
 
 def local_path(path: str | Path) -> Path:
     """Raises `UsageError` for a URL."""
-    if "://" in str(path):
+    if is_url(str(path)):
         raise UsageError(f"{path}: other formats than ftrain's are read from file systems only; copy it here first")
     return Path(path)
 

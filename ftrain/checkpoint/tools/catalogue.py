@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import msgspec
 
 from ftrain.checkpoint.pins import KEPT, is_pin_name, pins
 from ftrain.checkpoint.written import is_gone
 from ftrain.core import journal
-from ftrain.core.journal import CommitBody, History, Record
+from ftrain.core.journal import CommitBody, History
 from ftrain.core.manifest import MANIFEST_PATH, Manifest, data_path, decode_manifest
 from ftrain.core.messages import Attempt
 from ftrain.errors import CheckpointNotFound, CorruptCheckpoint, NotFound, StorageError, UsageError
 from ftrain.storage import Storage, open_storage
+from ftrain.storage.history import read_history
+from ftrain.storage.opening import absolute, split_attempt
 
 METRICS_PATH = "metrics.jsonl"
-_ATTEMPT = re.compile(r"checkpoints/step-\d+/g\d+-a\d+")
 _NAMED_MAX = 8  # steps in one error
 
 
@@ -72,7 +72,7 @@ def catalogue(place: str) -> Catalogue:
 
     Raises `CheckpointNotFound` where there is none of these, and `CorruptCheckpoint` for a damaged journal.
     """
-    url = _absolute(place)
+    url = absolute(place)
     storage = open_storage(url)
     if storage.exists(MANIFEST_PATH):
         return Catalogue(url, (_at(url),))
@@ -94,26 +94,12 @@ def find(reference: str) -> Commit:
     Raises `CheckpointNotFound` naming those that are there.
     """
     place, _, which = reference.rpartition("@")
-    if not place or "/" in which or open_storage(_absolute(reference)).exists(""):
+    if not place or "/" in which or open_storage(absolute(reference)).exists(""):
         place, which = reference, "latest"
     found = catalogue(place)
     if not found.commits:
         raise CheckpointNotFound(f"{found.place} is a run without a commit")
     return _select(found, which)
-
-
-def records(storage: Storage) -> Iterator[tuple[Record, str]]:
-    """The journal's records from the first, each with its file's digest. Raises `CorruptCheckpoint`."""
-    history = History()
-    while True:
-        path = journal.path_of(history.head.sequence + 1)
-        try:
-            data = storage.read(path)
-        except NotFound:
-            return
-        record, digest = journal.decode(data, path), journal.digest(data)
-        history = history.after(record, digest)
-        yield record, digest
 
 
 def read_manifest(commit: Commit) -> Manifest:
@@ -176,14 +162,10 @@ def metrics_by_step(storage: Storage) -> list[tuple[int, dict[str, float]]]:
 
 
 def _run(url: str, storage: Storage) -> Catalogue:
-    history = History()
-    times: dict[int, float] = {}
-    for record, digest in records(storage):
-        history = history.after(record, digest)
-        times[record.sequence] = record.unix_seconds
+    history, _ = read_history(storage)
     names = pins(storage)
     commits = tuple(
-        replace(_committed(storage, body), sequence=sequence, unix_seconds=times[sequence])
+        replace(_committed(storage, body), sequence=sequence, unix_seconds=history.times[sequence])
         for sequence, body in history.commits
     )
     pinned = tuple(
@@ -226,8 +208,8 @@ def _saved(storage: Storage, name: str) -> Commit:
 
 def _at(url: str) -> Commit:
     """The checkpoint at a path. One in a run's directory is what the run's journal says of it."""
-    if _ATTEMPT.fullmatch("/".join(url.split("/")[-3:])):
-        root, path = "/".join(url.split("/")[:-3]), "/".join(url.split("/")[-3:])
+    root, path = split_attempt(url)
+    if root:
         storage = open_storage(root)
         if storage.list(journal.DIRECTORY):
             for commit in _run(root, storage).commits:
@@ -263,7 +245,3 @@ def _steps(commits: Sequence[Commit]) -> str:
     steps = [str(commit.step) for commit in commits]
     more = f"{len(steps) - _NAMED_MAX} older and " if len(steps) > _NAMED_MAX else ""
     return f"those of {more}step {', '.join(steps[-_NAMED_MAX:])}"
-
-
-def _absolute(place: str) -> str:
-    return place.rstrip("/") if "://" in place else str(Path(place).absolute())

@@ -7,7 +7,6 @@ import posixpath
 import time
 import uuid
 from dataclasses import dataclass
-from pathlib import Path
 
 from ftrain import __version__
 from ftrain.checkpoint.pins import pin, pins, unpin
@@ -28,6 +27,7 @@ from ftrain.errors import (
 )
 from ftrain.storage import Storage, open_storage
 from ftrain.storage.history import read_history
+from ftrain.storage.opening import absolute
 
 FORK_GENERATION = 0  # generations of a run count from 1: what it began with is no attempt of its own
 
@@ -56,7 +56,7 @@ def fork(
         raise CorruptCheckpoint(f"{reference}: {problem}; fork another commit")
     if not weights_only:
         _check_state(commit)
-    run = open_storage(run_dir if "://" in run_dir else str(Path(run_dir).absolute()))
+    run = open_storage(absolute(run_dir))
     if run.list(journal.DIRECTORY):
         raise UsageError(f"{run.url} holds a run already; give a new directory")
     if step is None:

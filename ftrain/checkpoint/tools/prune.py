@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from ftrain.checkpoint.retain import CHECKPOINTS, pinned_paths, remove
 from ftrain.checkpoint.tools.catalogue import Catalogue, Commit, problem_of
 from ftrain.checkpoint.tools.fork import append
-from ftrain.core import journal
 from ftrain.core.journal import RetireBody
 from ftrain.core.retention import RetentionPolicy, to_retire
-from ftrain.errors import StorageError, UsageError
-from ftrain.storage.history import read_history
+from ftrain.errors import UsageError
+from ftrain.storage.history import durable_history, read_history
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,26 +54,18 @@ def prune(found: Catalogue, doomed: Sequence[Commit]) -> list[str]:
     the paths of what was removed. Raises `UsageError` where this is no run, `Fenced`, and `StorageError`.
     """
     storage, history = found.run
-    _confirm_newest(found)
+    durable_history(storage)  # the newest record is about to be acted upon
     append(storage, history.head, [RetireBody(commit.attempt) for commit in doomed])
     now, _ = read_history(storage)
-    kept = pinned_paths(storage) | {attempt.path for attempt in now.needed}
+    pinned = pinned_paths(storage)
+    kept = pinned | {attempt.path for attempt in now.needed}
     retired = {attempt.path for attempt in history.retired} | {commit.attempt.path for commit in doomed}
-    there = {f"{CHECKPOINTS}/{step}/{name}" for step in storage.list(CHECKPOINTS) for name in _attempts(found, step)}
+    there = {
+        f"{CHECKPOINTS}/{step}/{name}"
+        for step in storage.list(CHECKPOINTS)
+        for name in storage.list(f"{CHECKPOINTS}/{step}")
+    }
     removed = sorted((retired & there) - kept)
     for path in removed:
-        remove(storage, path)
+        remove(storage, path, pinned)
     return removed
-
-
-def _attempts(found: Catalogue, step: str) -> list[str]:
-    storage, _ = found.run
-    return storage.list(f"{CHECKPOINTS}/{step}")
-
-
-def _confirm_newest(found: Catalogue) -> None:
-    """The newest record may not be durable yet, and is about to be acted upon."""
-    storage, history = found.run
-    path = journal.path_of(history.head.sequence)
-    if not storage.confirm(path, storage.read(path)):
-        raise StorageError(f"{storage.url}/{path} cannot be made durable; mend the storage first")
