@@ -3,7 +3,7 @@
 It runs as `python -m ftrain.agent.nursery FD`. It is the workers' parent and a child subreaper: whatever its workers
 leave behind comes back to it and is killed, also when the agent dies and the socket to it closes. It keeps to one
 thread and touches no GPU, because neither survives a fork; a module whose import starts threads is therefore left
-out.
+out, unless its threads end by themselves before a fork, as OpenBLAS's do.
 
 The agent sends `Fork`, `Signal` and `Sweep`; the nursery answers with `Ready`, `Forked` and `Ended`, one JSON packet
 each.
@@ -29,6 +29,7 @@ from ftrain.agent import child, proc
 
 PACKET_BYTES_MAX = 1 << 20
 FDS_MAX = 8
+THREADS_END_SECONDS = 1.0  # a thread that was joined is still listed for a moment
 
 
 class Fork(msgspec.Struct, frozen=True, tag="fork"):
@@ -191,12 +192,26 @@ def _preload(preload: Preload) -> dict[str, str]:
         except (Exception, SystemExit) as error:  # noqa: BLE001  # the script will meet it again, and say so
             left_out[name] = f"{type(error).__name__}: {error}"
             continue
-        if proc.threads() > before:
+        if proc.threads() > before and not _ended_by_a_fork(before):
             left_out[name] = "its import starts threads"
             # The threads cannot be taken back: begin again without this module.
             again = msgspec.json.encode(Preload(preload.agent, preload.modules, left_out)).decode()
             os.execv(sys.executable, [sys.executable, "-m", "ftrain.agent.nursery", sys.argv[1], again])
     return left_out
+
+
+def _ended_by_a_fork(threads: int) -> bool:
+    """Fork once for nothing, and see whether the threads beyond so many end: their library then provides for forks."""
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+    deadline = time.monotonic() + THREADS_END_SECONDS
+    while proc.threads() > threads:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.001)
+    return True
 
 
 def main() -> None:

@@ -26,20 +26,16 @@ class TensorItem(msgspec.Struct, frozen=True, eq=False, gc=False):
     """What this rank holds of one tensor: `local` has the shape of `layout.local_shard(spec, rank)`.
 
     `late`: it changes in an optimizer's step and nowhere else, so that a snapshot may copy it beside the training.
-    `fresh`: it was made just now, to be filled; nothing else knows where its memory is.
     """
 
     spec: TensorSpec
     local: torch.Tensor
     late: bool = False
-    fresh: bool = False
 
 
-def item_of(
-    key: str, tensor: torch.Tensor, private: bool = False, late: bool = False, fresh: bool = False
-) -> TensorItem:
+def item_of(key: str, tensor: torch.Tensor, private: bool = False, late: bool = False) -> TensorItem:
     """The item of a tensor or DTensor: itself, not a copy. Raises as `spec_of`."""
-    return TensorItem(spec_of(key, tensor, private), local_of(tensor), late, fresh)
+    return TensorItem(spec_of(key, tensor, private), local_of(tensor), late)
 
 
 class _Alike(msgspec.Struct, frozen=True):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -12,7 +11,6 @@ import torch
 
 from ftrain.checkpoint.agreement import encode_plain
 from ftrain.checkpoint.items import TensorItem
-from ftrain.checkpoint.memory import available_bytes
 from ftrain.checkpoint.source import TensorInfo
 from ftrain.checkpoint.tracked import Tracked
 from ftrain.checkpoint.wire import Checksum, Wire, as_bytes, fill_from_bytes, runs
@@ -45,64 +43,6 @@ def copy_live(tracked: Tracked, rank: int, pairs: Sequence[tuple[int, int]]) -> 
             _receive(tracked, rank, source, Wire(source))
 
 
-def give_ahead(tracked: Tracked, rank: int, wire: Wire) -> bool:
-    """Send the shared state to a replica that is still being built, and receives it by `receive_ahead`.
-
-    False where it lies on a device or is too much for the other one to hold twice: then it is to be had by `copy_live`.
-    """
-    offer, moving = _offer(tracked, rank)
-    if any(offer.on_device):
-        wire.send_bytes(b"")
-        return False
-    wire.send_bytes(msgspec.json.encode(offer))
-    if wire.receive_bytes() != _ROOM:
-        return False
-    _send_tensors(moving, wire)
-    return True
-
-
-def receive_ahead(wire: Wire) -> Ahead | None:
-    """What `give_ahead` sends, or None where there is to be nothing. No tensor is needed for it yet.
-
-    Raises `CorruptCheckpoint` where bytes were damaged on the way.
-    """
-    told = wire.receive_bytes()
-    if not told:
-        return None
-    offer = _OFFER.decode(told)
-    parcels = [_Parcel(number, one.nbytes) for number, one in enumerate(offer.tensors)]
-    nbytes = sum(parcel.nbytes for parcel in parcels)
-    if nbytes * _AHEAD_SHARE > available_bytes():
-        wire.send_bytes(_NO_ROOM)
-        return None
-    wire.send_bytes(_ROOM)
-    data, checksum = [torch.empty(0, dtype=torch.uint8)] * len(parcels), Checksum()
-    for run in runs(parcels):
-        sizes = [parcel.nbytes for parcel in run]
-        came = torch.empty(sum(sizes), dtype=torch.uint8)
-        wire.receive(came)
-        checksum.add(came)
-        for parcel, part in zip(run, torch.split(came, sizes), strict=True):
-            data[parcel.number] = part
-    _check(checksum, wire)
-    return Ahead(offer, data)
-
-
-@dataclass(frozen=True, slots=True)
-class Ahead:
-    """A replica's shared state in memory of its own, as bytes: it came before the tensors that it belongs in."""
-
-    _offer: _Offer
-    _data: list[torch.Tensor]
-
-    def take(self, tracked: Tracked, rank: int, source: int) -> None:
-        """Take it over, as `copy_live` does what comes from the rank `source`."""
-        replica = _Replica(self._offer, source, None, self._data)
-        items = tracked.prepare(replica, source)
-        replica.expect(items, rank)
-        tracked.fill(replica, rank, source, items)
-
-
 class _Offered(msgspec.Struct, frozen=True):
     """One tensor that a rank holds, and which boxes of it."""
 
@@ -128,21 +68,9 @@ class _Moving(msgspec.Struct, frozen=True):
     local: torch.Tensor
     nbytes: int
     on_device: bool
-    fresh: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _Parcel:
-    """A tensor that is received before there is a place for it."""
-
-    number: int
-    nbytes: int
-    on_device: bool = False
 
 
 _OFFER = msgspec.json.Decoder(_Offer)
-_ROOM, _NO_ROOM = b"room", b"no room"
-_AHEAD_SHARE = 3  # of the memory that is there, for bytes that are there twice for a moment
 
 
 def _offered(items: Sequence[TensorItem], rank: int) -> list[_Offered]:
@@ -155,7 +83,7 @@ def _offered(items: Sequence[TensorItem], rank: int) -> list[_Offered]:
 
 
 def _moving(items: Sequence[TensorItem]) -> list[_Moving]:
-    return [_Moving(item.local, item.local.nbytes, item.local.device.type != "cpu", item.fresh) for item in items]
+    return [_Moving(item.local, item.local.nbytes, item.local.device.type != "cpu") for item in items]
 
 
 def _offer(tracked: Tracked, rank: int) -> tuple[_Offer, list[_Moving]]:
@@ -215,13 +143,12 @@ def _receive(tracked: Tracked, rank: int, source: int, wire: Wire) -> None:
 
 
 class _Replica:
-    """The living rank `source` as `Tracked` restores from it: over a wire, or from what came ahead."""
+    """The living rank `source` as `Tracked` restores from it."""
 
-    def __init__(self, offer: _Offer, source: int, wire: Wire | None, ahead: Sequence[torch.Tensor] = ()) -> None:
+    def __init__(self, offer: _Offer, source: int, wire: Wire) -> None:
         self._offer = offer
         self._source = source
         self._wire = wire
-        self._ahead = ahead
         self._moving: list[_Moving] = []
 
     @property
@@ -259,25 +186,10 @@ class _Replica:
     def read_into(self, items: Sequence[TensorItem], rank: int, *, elsewhere: Collection[str] = ()) -> None:
         """Fill what `expect` found places for, which are those of `items`."""
         del items, rank, elsewhere
-        if self._wire is None:
-            for one, data in zip(self._moving, self._ahead, strict=True):
-                if one.nbytes:
-                    _place(one, data)
-            return
         checksum = Checksum()
         for run in runs(self._moving):
             _receive_run(run, self._wire, checksum)
         _check(checksum, self._wire)
-
-
-def _place(one: _Moving, data: torch.Tensor) -> None:
-    """What is fresh takes over the memory that came, where that is its alone: it has none of its own in use yet."""
-    alone = data.untyped_storage().nbytes() == data.nbytes
-    if one.fresh and alone and one.local.is_contiguous():
-        with torch.no_grad():
-            one.local.set_(data.view(one.local.dtype).view(one.local.shape))  # type: ignore[call-overload]
-    else:
-        fill_from_bytes(one.local, data)
 
 
 def _receive_run(run: Sequence[_Moving], wire: Wire, checksum: Checksum) -> None:

@@ -202,11 +202,11 @@ class OptimizerState:
 
 
 def _fresh(parameter: torch.Tensor, info: TensorInfo, on_cpu: bool) -> torch.Tensor:
-    """An empty state tensor: like its parameter where it has that shape, by itself otherwise (a step count)."""
+    """A state tensor to be filled: like its parameter where it has that shape, by itself otherwise (a step count)."""
     dtype = torch_dtype(info.dtype)
     if tuple(parameter.shape) == info.shape and (len(info.shape) > 0 or not on_cpu):
-        return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
-    return torch.zeros(info.shape, dtype=dtype, device="cpu" if on_cpu else parameter.device)
+        return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+    return torch.empty(info.shape, dtype=dtype, device="cpu" if on_cpu else parameter.device)
 
 
 def _option(value: Any) -> Any:

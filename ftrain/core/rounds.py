@@ -259,6 +259,8 @@ def _aborted(turn: Turn, barrier: Barrier) -> None:
         cadence = state.cadence
     else:
         cadence = schedule.after_failure(state.cadence, turn.now, barrier.cause, last)
+        if cadence.last_tries >= LAST_TRIES and all(state.report(node).at_end for node in state.members):
+            cadence = replace(cadence, retry_at=turn.now)  # nothing is tried any more that a pause could help
     turn.set(barrier=None, cadence=cadence)
     turn.to_members(m.Abort(state.term, barrier.attempt, barrier.cause))
     if barrier.hold and barrier.accepted != barrier.nodes:  # else they were told to leave, and that stands

@@ -30,22 +30,6 @@ def ordinary_group(
     store: Store, rank: int, size: int, timeout: timedelta, name: str, loopback: bool, check: Check = lambda: None
 ) -> ProcessGroup:
     """A plain ProcessGroup whose members meet in the store. `check` is called while it waits there, and may raise."""
-    group = gloo_group(store, rank, size, timeout, name, loopback, check)
-    if torch.cuda.is_available() and dist.is_nccl_available():
-        # Who is lost is found out by the agents: torch would end this process where a peer's connection breaks.
-        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-        nccl_options = dist.ProcessGroupNCCL.Options()
-        nccl_options._timeout = timeout
-        nccl = dist.ProcessGroupNCCL(PrefixStore("cuda", store), rank, size, nccl_options)
-        group._set_default_backend(ProcessGroup.BackendType.NCCL)
-        group._register_backend(torch.device("cuda"), ProcessGroup.BackendType.NCCL, nccl)
-    return group
-
-
-def gloo_group(
-    store: Store, rank: int, size: int, timeout: timedelta, name: str, loopback: bool, check: Check = lambda: None
-) -> ProcessGroup:
-    """The same for CPU tensors alone."""
     patient = PatientStore(store, timeout, check)
     patient.set(f"arrived/{rank}", "")
     patient.wait([f"arrived/{one}" for one in range(size)])
@@ -57,6 +41,14 @@ def gloo_group(
     gloo.set_timeout(timeout)
     group._set_default_backend(ProcessGroup.BackendType.GLOO)
     group._register_backend(torch.device("cpu"), ProcessGroup.BackendType.GLOO, gloo)
+    if torch.cuda.is_available() and dist.is_nccl_available():
+        # Who is lost is found out by the agents: torch would end this process where a peer's connection breaks.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+        nccl_options = dist.ProcessGroupNCCL.Options()
+        nccl_options._timeout = timeout
+        nccl = dist.ProcessGroupNCCL(PrefixStore("cuda", store), rank, size, nccl_options)
+        group._set_default_backend(ProcessGroup.BackendType.NCCL)
+        group._register_backend(torch.device("cuda"), ProcessGroup.BackendType.NCCL, nccl)
     group._set_group_name(GroupName(f"{name}-inner"))
     return group
 

@@ -29,8 +29,7 @@ from ftrain.core.manifest import decode_index
 from ftrain.core.messages import Attempt, Line, Resume, Tier
 from ftrain.core.supervision import sounds_like_a_lost_peer
 from ftrain.errors import CorruptCheckpoint, FtrainError, PeerLost
-from ftrain.worker import after_failure, ahead, groups
-from ftrain.worker.ahead import Arrival
+from ftrain.worker import after_failure, groups
 from ftrain.worker.boundary import Boundary
 from ftrain.worker.link import Link
 from ftrain.worker.patience import wait_for
@@ -56,7 +55,7 @@ class Recovery:
     """One for each worker of a run that takes snapshots.
 
     `restore_commit` restores everything from the commit to resume from, `take_plain` what a snapshot has beside what
-    is tracked. `arrival` is what comes to this process ahead, where it is a newcomer that is given something.
+    is tracked.
     """
 
     def __init__(
@@ -66,14 +65,12 @@ class Recovery:
         boundary: Boundary,
         restore_commit: Callable[[Resume | None], int],
         take_plain: Callable[[dict[str, Any]], None],
-        arrival: Arrival | None,
     ) -> None:
         self._link = link
         self._tracked = tracked
         self._boundary = boundary
         self._restore_commit = restore_commit
         self._take_plain = take_plain
-        self._arrival = arrival
         self._live = -1  # the step whose shared state is in the tensors of this process
         self._private: bytes | None = None  # this rank's own state at the line, once it has replayed
         self._renewed = threading.Event()  # the training thread is on its way into another generation
@@ -115,8 +112,6 @@ class Recovery:
         """The way into the generation that `halt` was told of. Its ranks meet in the store."""
         layouts = after_failure.bucket_layouts(self._tracked.modules)
         store.set(LAYOUTS, msgspec.json.encode(layouts))  # type: ignore[arg-type]  # bytes are taken as they are
-        if any(self._link.boot.rank == taker for _, taker in line.copies):
-            ahead.decline(store, self._link.boot.rank)
         return self._coming(line, store)
 
     def newcomer(self, line: Line, store: Store) -> Coming:
@@ -139,11 +134,10 @@ class Recovery:
         `resume` is the commit that the line may be. Raises `PeerLost` when it is revoked meanwhile: then `halt` again.
         """
         line, rank = coming.line, self._link.boot.rank
-        given = self._give_ahead(coming) if line.tier is Tier.LIVE else set()
         groups.reform(PrefixStore("ftrain/group", coming.store), coming.generation)
         match line.tier:
             case Tier.LIVE:
-                self._bring_live(line, rank, given)
+                self._bring_live(line, rank)
             case Tier.ARENA:
                 assert line.attempt is not None
                 self._live = -1
@@ -158,30 +152,16 @@ class Recovery:
         self.reached(line.step)
         return PrefixStore(f"ftrain/exchange/{coming.generation}", coming.store)
 
-    def _give_ahead(self, coming: Coming) -> set[int]:
-        """Give to newcomers what they cannot put in its place yet, so that they wait less. Returns who has it."""
-        line, rank = coming.line, self._link.boot.rank
-        takers = [taker for giver, taker in line.copies if giver == rank]
-        if not takers:
-            return set()
-        self._boundary.roll_back(self._private_of(line))  # they learn from us how the optimizer stands
-        return ahead.give(self._tracked, rank, takers, coming.store, self._link.boot.loopback, self._link.check)
-
-    def _bring_live(self, line: Line, rank: int, given: set[int]) -> None:
-        source = next((giver for giver, taker in line.copies if taker == rank), None)
-        came = self._arrival.take() if source is not None and self._arrival is not None else None
-        self._arrival = None
-        if source is not None:
+    def _bring_live(self, line: Line, rank: int) -> None:
+        private = self._private if self._private is not None else self._kept(line.step)
+        gives = any(rank == giver for giver, _ in line.copies)
+        if gives:
+            self._boundary.roll_back(private)  # who receives learns from us how the optimizer stands
+        if any(rank == taker for _, taker in line.copies):
             self._live = -1
-        if source is not None and came is not None:
-            came.take(self._tracked, rank, source)
-        else:
-            copy_live(self._tracked, rank, [(giver, taker) for giver, taker in line.copies if taker not in given])
-        if all(rank != giver for giver, _ in line.copies):
-            self._boundary.roll_back(self._private_of(line))
-
-    def _private_of(self, line: Line) -> bytes:
-        return self._private if self._private is not None else self._kept(line.step)
+        copy_live(self._tracked, rank, line.copies)
+        if not gives:
+            self._boundary.roll_back(private)
 
     def _coming(self, line: Line, store: Store) -> Coming:
         return Coming(line, self._link.generation, store, replays=self._link.boot.rank in line.replay)

@@ -27,7 +27,6 @@ from ftrain.core.page import Phase
 from ftrain.errors import CorruptCheckpoint, UsageError
 from ftrain.storage import open_storage
 from ftrain.worker import process_group, random_state
-from ftrain.worker.ahead import Arrival
 from ftrain.worker.boundary import Boundary
 from ftrain.worker.data import Batches
 from ftrain.worker.link import Link, from_environment, leave_signals_to_agent
@@ -84,7 +83,6 @@ class Run:
         store = self._make_group()
         if self._snapshots is not None:
             self._snapshots.meet(store)
-        self._arrival = self._expect(link) if link is not None and link.boot.line is not None else None
 
     @property
     def generation(self) -> int:
@@ -167,7 +165,7 @@ class Run:
         if self._link is None or self._snapshots is None:
             return None
         boundary = Boundary(self._tracked, self._batches)
-        return Recovery(self._link, self._tracked, boundary, self.restore, self.take_plain, self._arrival)
+        return Recovery(self._link, self._tracked, boundary, self.restore, self.take_plain)
 
     def meeting(self) -> Store:
         """The store of the generation that this process was started for."""
@@ -223,14 +221,6 @@ class Run:
         part = self._tracked.collect()
         positions = [batches.state() for batches in self._batches]
         return part.items, {"tracked": part.plain, "random": random_state.capture(), "batches": positions}
-
-    def _expect(self, link: Link) -> Arrival | None:
-        """What a living replica gives to this newcomer while its script goes on to the loop."""
-        assert link.boot.line is not None
-        source = next((giver for giver, taker in link.boot.line.copies if taker == self.rank), None)
-        if source is None or self._snapshots is None:
-            return None
-        return Arrival(self.meeting, source, self.rank, link.boot.loopback, link.check)
 
     def _make_group(self) -> Store:
         """The default group. Returns where ranks meet to plan snapshots."""

@@ -17,10 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from ftrain import _native
-from ftrain.checkpoint import live_copy, wire
+from ftrain.checkpoint import wire
 from ftrain.checkpoint.arena import Arena
 from ftrain.checkpoint.arena_restore import restore_from_arenas
-from ftrain.checkpoint.live_copy import copy_live, give_ahead, receive_ahead, shard_of
+from ftrain.checkpoint.live_copy import copy_live, shard_of
 from ftrain.checkpoint.snapshot import Snapshotter
 from ftrain.checkpoint.tracked import Tracked
 from ftrain.checkpoint.wire import Wire
@@ -103,48 +103,6 @@ def live(rank: int, parallel: str, pairs: list[tuple[int, int]], processes: int 
     return shard
 
 
-def ahead(rank: int, parallel: str, of: str, run_bytes: int = 0) -> None:
-    """Rank 1 is replaced after three steps, and what it needs is there before its tensors are."""
-    _cut_runs(run_bytes)
-    script = Script(rank, parallel, 1) if of == "script" else None
-    if script is not None:
-        for _ in range(3):
-            script.step()
-        data = script.boundary.capture()
-        assert data is not None
-        expected = script.everything()
-        newcomer = Script(rank, parallel, 2)
-        after = newcomer if rank else script
-        _ahead(after.tracked, rank)
-        after.boundary.roll_back(data)
-        assert same(after.everything(), expected)
-        return
-    module, tracked = Odd(rank), Tracked()
-    tracked.add("odd", module)
-    _ahead(tracked, rank)
-    assert same(dict(module.state_dict()), dict(Odd(0).state_dict()))
-
-
-def no_room(rank: int) -> None:
-    """A newcomer with little memory takes nothing ahead, and the giver knows."""
-    script = Script(rank, "", 1)
-    script.step()
-    live_copy.available_bytes = lambda: 100
-    if rank == 0:
-        assert not give_ahead(script.tracked, 0, Wire(1))
-    else:
-        assert receive_ahead(Wire(0)) is None
-
-
-def _ahead(tracked: Tracked, rank: int) -> None:
-    if rank == 0:
-        assert give_ahead(tracked, 0, Wire(1))
-    else:
-        came = receive_ahead(Wire(0))
-        assert came is not None
-        came.take(tracked, 1, 0)
-
-
 class Odd(nn.Module):
     """Tensors of every sort: scalars, empty ones, strided ones, and dtypes that no network library sends."""
 
@@ -195,8 +153,6 @@ def damaged(rank: int, of: str) -> str:
     try:
         if of == "live":
             copy_live(script.tracked, rank, [(0, 1)])
-        elif of == "ahead":
-            _ahead(script.tracked, rank)
         else:
             restore_from_arenas(script.tracked, arena, SLOT, ATTEMPT, rank, dist.get_world_size())
     except FtrainError as error:

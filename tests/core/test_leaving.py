@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from ftrain.core import messages as m
-from ftrain.core import rounds, run_state
+from ftrain.core import rounds, run_state, schedule
 from ftrain.core.page import Phase as WorkerPhase
 from ftrain.core.run_state import Disconnected, Phase
 from ftrain.core.schedule import Cadence
@@ -99,10 +99,12 @@ def test_finished_run_is_recorded_before_the_nodes_are_let_go() -> None:
 def test_last_state_that_no_try_could_commit_ends_with_74_and_says_what_is_lost() -> None:
     scene = Scene().running()
     scene.at_end(10)
+    began = scene.now
     for _ in range(rounds.LAST_TRIES):
         assert scene.log[-1] == f"b <- Arm 10.{scene.state.attempts}"
         scene.gave_up("packs/0: No space left on device")
     assert scene.log[-2:] == ["a <- Release", "b <- Release"]
+    assert scene.now - began == sum(schedule.FAILED_PAUSES_SECONDS[: rounds.LAST_TRIES - 1])  # none after the last try
     for node in NODES:
         scene.died(node, signal=0, step=10, at_end=True, total_steps=10)
     assert scene.stored() == ["a <- Leave 74", "b <- Leave 74"]
