@@ -1,8 +1,9 @@
 """How long a killed rank stops a run, under `ftrain launch` and under others, one after the other on this machine.
 
 Measured from SIGKILL of the last rank to the moment when every rank, their number full again, has finished a step that
-no rank had finished before the kill; the steps that are done again are part of that time. Two launchers on this host
-are two nodes. Instead of a kill it may be SIGSTOP, or the loss of the last rank's whole node (`--hurt`).
+no rank had finished before the kill; the steps that are done again are part of that time. Each kill comes at another
+moment of a step and at another distance from a checkpoint. Two launchers on this host are two nodes. Instead of a kill
+it may be SIGSTOP, or the loss of the last rank's whole node (`--hurt`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from launchers import LAUNCHERS, Job, NotBackError, Recovery
 from launchers.job import HURTS, PATIENCE_SECONDS
 
 CALM_PERCENT = 30.0
+SPREAD = (5**0.5 - 1) / 2  # its multiples, without the whole numbers, lie evenly between 0 and 1
 VERIFY_STEPS = 25  # of a run that is to end, two checkpoint intervals and more after its kill
 
 
@@ -50,7 +52,7 @@ def measure(names: list[str], args: argparse.Namespace, directory: Path) -> dict
             try:
                 job.start()
                 for kill in range(first, min(first + args.kills, args.repeats)):
-                    recovery = job.hurt_last_rank(phase=kill % args.checkpoint_every)
+                    recovery = job.hurt_last_rank(phase=kill % args.checkpoint_every, into=kill * SPREAD % 1)
                     print(f"{name}: {recovery} (load {os.getloadavg()[0]:.1f})", flush=True)
                     found[name].back.append(recovery)
             except NotBackError as error:

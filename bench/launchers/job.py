@@ -160,13 +160,18 @@ class Job(ABC):
                 raise NotBackError(f"{why} {what}; {self._tails()}")
             time.sleep(0.005)
 
-    def hurt_last_rank(self, phase: int) -> Recovery:
-        """Hurt the last rank once `phase` steps are done since a checkpoint; wait until every rank got further."""
+    def hurt_last_rank(self, phase: int, into: float = 0.5) -> Recovery:
+        """Hurt the last rank in the step after the `phase`-th since a checkpoint; wait until every rank got further.
+
+        `into` is how much of that step is over, from 0 to 1.
+        """
         every = range(self.world_size)
         newest = [lines[-1].step if lines else 0 for lines in map(self.lines, every)]
         settled = min(newest) + SETTLE_STEPS
         aim = settled + (phase - settled - 1) % self.args.checkpoint_every
         self.wait(lambda: any(line.step >= aim for line in self.lines(0)), f"step {aim}")
+        began = [line.at for line in self.lines(0)][-SETTLE_STEPS:]
+        time.sleep(into * statistics.median(b - a for a, b in itertools.pairwise(began)))
         victim = self.lines(self.world_size - 1)[-1].pid
         killed_at = time.time()
         self._hurt(victim)

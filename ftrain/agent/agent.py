@@ -103,7 +103,7 @@ class Agent:
     def _new_nursery(self) -> Nursery:
         nursery = Nursery(self._ended, self._nursery_died)
         modules = environment.preload(self._spec.program)
-        nursery.start(modules, environment.base(self._spec, self._state.hello.address), str(self._spec.directory))
+        nursery.start(modules, environment.nursery(self._spec, self._state.hello.address), str(self._spec.directory))
         return nursery
 
     # ------------------------------------------------------------------------------------------------------ events in

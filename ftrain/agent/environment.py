@@ -27,6 +27,19 @@ TRAINING_MODULES = (
 )
 
 
+# To glibc: huge pages for its heap, and, from the first allocation on, blocks in the heap up to the size that glibc
+# comes to by itself once such a block was freed. See docs/decisions/0011.
+HEAP = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=67108864"
+
+
+def nursery(spec: JobSpec, address: str) -> dict[str, str]:
+    """For the nursery itself: beside `base` what only a new program can be told, and its forks then have from it."""
+    environment = base(spec, address)
+    own = environment.get("GLIBC_TUNABLES", "")
+    environment["GLIBC_TUNABLES"] = f"{HEAP}:{own}" if own else HEAP  # of two settings the later counts
+    return environment
+
+
 def base(spec: JobSpec, address: str) -> dict[str, str]:
     """For the nursery and everything below it, on the node that others reach at `address`."""
     environment = {**os.environ, **spec.environment}
