@@ -8,8 +8,8 @@ from types import ModuleType
 
 import pytest
 
+from ftrain.checkpoint.catalogue import catalogue
 from ftrain.checkpoint.load import open_checkpoint
-from ftrain.checkpoint.tools.catalogue import catalogue
 from ftrain.checkpoint.tools.verify import verify
 
 BENCH = Path(__file__).parent.parent / "bench" / "frozen.py"

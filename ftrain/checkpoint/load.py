@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ftrain.checkpoint.agreement import asked_by_others
 from ftrain.checkpoint.bare import Bare
+from ftrain.checkpoint.catalogue import find
 from ftrain.checkpoint.comparison import Comparison, compare
 from ftrain.checkpoint.foreign.opening import open_foreign
 from ftrain.checkpoint.garbage import no_collection
@@ -35,6 +36,8 @@ def load(
     dtype: str = SAME,
 ) -> Loaded:
     """Fill a state in place from the checkpoint at `path`, or from the newest commit of the run at `path`.
+
+    `RUN@1200`, `RUN@-2` and `RUN@NAME` are the commit of step 1200, the one before the newest, and the one pinned so.
 
     `state` is as for `save`: its tensors are filled where they are, whatever mesh they were saved from, its objects get
     their state, its plain data is replaced. What the checkpoint holds under other names is not read.
@@ -89,7 +92,7 @@ def open_source(path: str | Path) -> TensorSource:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """The checkpoint at `path`, or the newest commit of the run at `path`. Raises as `load`."""
+    """The checkpoint at `path`, the newest commit of the run at `path`, or what `find` takes. Raises as `load`."""
     run = open_storage(str(path))
     if run.exists(MANIFEST_PATH):
         return Checkpoint.open(*open_in_run(path))
@@ -99,6 +102,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         if commit.origin is not None:
             return Checkpoint.open(open_storage(commit.origin.url), commit.origin.path, commit.manifest_sha256)
         return Checkpoint.open(run, commit.attempt.path, commit.manifest_sha256)
+    if "@" in str(path) and not history.run:
+        chosen = find(str(path))
+        return Checkpoint.open(chosen.storage, chosen.path, chosen.manifest_sha256)
     kind = "a run without a commit" if history.run else "neither a checkpoint nor a run"
     raise CheckpointNotFound(f"{run.url} is {kind}: there is nothing to load")
 

@@ -13,8 +13,8 @@ import re
 import msgspec
 
 from ftrain.core.messages import Attempt
-from ftrain.errors import AlreadyExists, CorruptCheckpoint, NotFound, UnknownOutcome, UsageError
-from ftrain.storage.base import Storage
+from ftrain.errors import CorruptCheckpoint, NotFound, UsageError
+from ftrain.storage.base import Storage, create_once
 
 DIRECTORY = "pins"
 KEPT = "kept"  # what `save` wrote there under a name: retention looks at `checkpoints` only
@@ -41,13 +41,8 @@ def pin(storage: Storage, name: str, attempt: Attempt, why: str) -> None:
         raise UsageError(f"{name!r}: a pin's name has letters, digits, '_', '-' and '.', and begins with a letter")
     data = msgspec.json.encode(Pin(attempt, why)) + b"\n"
     path = _path(name)
-    try:
-        storage.create(path, data)
-    except (AlreadyExists, UnknownOutcome):
-        if not storage.confirm(path, data):
-            raise UsageError(
-                f"{storage.url}/{path}: this name is taken by another pin; choose one that is not"
-            ) from None
+    if not create_once(storage, path, data):
+        raise UsageError(f"{storage.url}/{path}: this name is taken by another pin; choose one that is not")
 
 
 def is_pin_name(name: str) -> bool:

@@ -17,8 +17,8 @@ from ftrain.core.manifest import (
     encode_manifest,
 )
 from ftrain.core.messages import Attempt, PackRecord
-from ftrain.errors import AlreadyExists, StorageError, UnknownOutcome
-from ftrain.storage.base import Storage
+from ftrain.errors import StorageError
+from ftrain.storage.base import Storage, create_once
 from ftrain.storage.zarr_view import references
 
 
@@ -46,21 +46,18 @@ def make_manifest(attempt: Attempt, world_size: int, packs: Sequence[PackRecord]
 
 def publish_references(storage: Storage, base: str, encoded: bytes) -> None:
     """The reference view, durably, below `base`: before the manifest, since after it nothing may be missing."""
-    _create_once(storage, f"{base}/{REFERENCES_PATH}", encoded)
+    _create(storage, f"{base}/{REFERENCES_PATH}", encoded)
 
 
 def publish_manifest(storage: Storage, base: str, manifest: Manifest) -> str:
     """The manifest, durably, when all that it names is there. Returns its sha256."""
     encoded = encode_manifest(manifest)
-    _create_once(storage, f"{base}/{MANIFEST_PATH}", encoded)
+    _create(storage, f"{base}/{MANIFEST_PATH}", encoded)
     return hashlib.sha256(encoded).hexdigest()
 
 
-def _create_once(storage: Storage, path: str, data: bytes) -> None:
-    try:
-        storage.create(path, data)
-    except (AlreadyExists, UnknownOutcome):
-        if not storage.confirm(path, data):
-            raise StorageError(
-                f"{storage.url}/{path} does not hold what was to be written; is another coordinator at work?"
-            ) from None
+def _create(storage: Storage, path: str, data: bytes) -> None:
+    if not create_once(storage, path, data):
+        raise StorageError(
+            f"{storage.url}/{path} does not hold what was to be written; is another coordinator at work?"
+        )

@@ -12,11 +12,11 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import msgspec
 
-from ftrain.core.messages import Attempt, Logged, Name, Origin
+from ftrain.core.messages import PROBLEM_CHARS_MAX, Attempt, Logged, Name, Origin
 from ftrain.errors import CorruptCheckpoint
 
 DIRECTORY = "journal"
@@ -119,7 +119,7 @@ def decode(data: bytes, path: str) -> Record:
             raise CorruptCheckpoint(f"{path}: the record does not match its checksum; the file was changed or torn")
         return _RECORD.decode(envelope.record)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise CorruptCheckpoint(f"{path}: not a journal record: {str(error)[:300]}") from None
+        raise CorruptCheckpoint(f"{path}: not a journal record: {str(error)[:PROBLEM_CHARS_MAX]}") from None
 
 
 def encode_raw(envelope: _Envelope) -> bytes:
@@ -134,6 +134,14 @@ class Head:
     digest: str = ""
 
 
+class Committed(NamedTuple):
+    """A commit, and its place in the journal."""
+
+    sequence: int  # in the journal
+    unix_seconds: float  # when it was committed
+    commit: CommitBody
+
+
 @dataclass(frozen=True, slots=True)
 class History:
     """What the journal says, read from its beginning."""
@@ -143,7 +151,7 @@ class History:
     generation: GenerationBody | None = None
     commits: tuple[tuple[int, CommitBody], ...] = ()  # (journal sequence, commit), oldest first, retired ones left out
     times: Mapping[int, float] = field(default_factory=dict)  # of each of these, when it was committed, by sequence
-    retired: tuple[Attempt, ...] = ()
+    retired: tuple[Committed, ...] = ()  # a pin may keep their files
     lingering: frozenset[Attempt] = frozenset()  # retired ones to whose packs a commit refers that is not retired
     let_go: tuple[Attempt, ...] = ()  # by the newest record: nothing needs their files any more
     finish: FinishBody | None = None
@@ -170,11 +178,12 @@ class History:
                 return replace(base, commits=(*self.commits, (record.sequence, commit)), times=times)
             case RetireBody(attempt=attempt):
                 kept = tuple(item for item in self.commits if item[1].attempt != attempt)
+                gone = [item for item in self.commits if item[1].attempt == attempt]
                 times = {sequence: self.times[sequence] for sequence, _ in kept}
+                retired = (*self.retired, *(Committed(sequence, self.times[sequence], body) for sequence, body in gone))
                 referred = {one for _, body in kept for one in body.refers}
                 lingering = (self.lingering | {attempt}) & referred
                 let_go = tuple(sorted((self.lingering | {attempt}) - referred))
-                retired = (*self.retired, attempt)
                 return replace(base, commits=kept, times=times, retired=retired, lingering=lingering, let_go=let_go)
             case FinishBody() as finish:
                 return replace(base, finish=finish)

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import msgspec
 
 from ftrain.core.layout import ALIGNMENT_BYTES, CHUNK_BYTES_MAX, ITEM_BYTES, Box, Entry, shard_index_bytes, uncovered
-from ftrain.core.messages import Attempt, Count, Name, PackRecord
+from ftrain.core.messages import PROBLEM_CHARS_MAX, Attempt, Count, Name, PackRecord
 from ftrain.errors import CorruptCheckpoint
 
 FORMAT = 1
@@ -25,7 +25,6 @@ MANIFEST_BYTES_MAX = 64 << 20
 INDEX_BYTES_MAX = 1 << 30
 DIMENSIONS_MAX = 64
 REFERENCES_MAX = 64
-PROBLEM_CHARS_MAX = 300  # of what a parser says: it repeats what a stranger wrote
 
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 Crc32c = Annotated[int, msgspec.Meta(ge=0, le=0xFFFFFFFF)]

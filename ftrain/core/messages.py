@@ -14,6 +14,7 @@ import msgspec
 
 MESSAGE_BYTES_MAX = 4 << 20
 TRACEBACK_CHARS_MAX = 64 << 10
+PROBLEM_CHARS_MAX = 300  # of what a parser says: it repeats what a stranger wrote
 RANKS_PER_NODE_MAX = 1024
 
 Name = Annotated[str, msgspec.Meta(max_length=256)]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from ftrain.errors import AlreadyExists, UnknownOutcome
 from ftrain.storage.pack import Pack
 
 
@@ -116,3 +117,12 @@ class Storage(Protocol):
     def remove_tree(self, path: str) -> None:
         """Remove `path` with all in it, and directories above that this empties. No error where it is gone already."""
         ...
+
+
+def create_once(storage: Storage, path: str, data: bytes) -> bool:
+    """Make `path` with exactly `data`, durably, also where an earlier try did; False where something else is there."""
+    try:
+        storage.create(path, data)
+    except (AlreadyExists, UnknownOutcome):
+        return storage.confirm(path, data)
+    return True

@@ -196,7 +196,8 @@ class ObjectStorage:
             self._bucket.put_parts(key, parts, part_bytes, write_id)
         except UnknownOutcome as error:
             if parts.all_taken:  # its end was asked for, perhaps
-                self._is_ours(key, write_id, error)
+                if not self._is_ours(key, write_id, error):
+                    raise AlreadyExists(f"cannot write {self.url}/{key}: it exists already") from error
                 return
             self._forget(claim)
             raise StorageError(str(error)) from error

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 import ftrain
-from ftrain.checkpoint.tools.catalogue import Commit
+from ftrain.checkpoint.catalogue import Commit
 from ftrain.checkpoint.tools.verify import verify
 from ftrain.errors import FtrainError
 from ftrain.storage import PosixStorage

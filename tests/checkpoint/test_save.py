@@ -18,9 +18,9 @@ import zarr
 from torch import nn
 
 import ftrain
+from ftrain.checkpoint.catalogue import find
 from ftrain.checkpoint.retain import sweep
 from ftrain.checkpoint.stage import Staging
-from ftrain.checkpoint.tools.catalogue import find
 from ftrain.core.layout import CHUNK_BYTES_MAX
 from ftrain.errors import (
     AlreadyExists,

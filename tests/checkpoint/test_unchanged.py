@@ -13,13 +13,13 @@ import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ftrain.checkpoint.catalogue import Commit, problem_of
 from ftrain.checkpoint.items import TensorItem
 from ftrain.checkpoint.load import open_checkpoint
 from ftrain.checkpoint.pins import pin
 from ftrain.checkpoint.publish import publish
 from ftrain.checkpoint.restore import Checkpoint
 from ftrain.checkpoint.retain import remove, sweep
-from ftrain.checkpoint.tools.catalogue import Commit, problem_of
 from ftrain.checkpoint.tools.verify import verify
 from ftrain.checkpoint.unchanged import OWNERS_MAX, Memory
 from ftrain.core import journal

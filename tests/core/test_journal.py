@@ -129,7 +129,7 @@ def test_history_follows_the_chain() -> None:
     for sequence, body in enumerate(bodies, 1):
         record = Record(sequence, history.head.digest, f"c1:{sequence}", 0.0, body)
         history = history.after(record, journal.digest(journal.encode(record)))
-    assert (history.commits, history.retired, history.finish) == ((), (ATTEMPT,), bodies[-1])
+    assert (history.commits, history.retired, history.finish) == ((), (journal.Committed(3, 0.0, COMMIT),), bodies[-1])
     with pytest.raises(CorruptCheckpoint, match="does not continue"):
         history.after(record, "")
 

@@ -76,8 +76,8 @@ class Life:
         self.read()
         for _, body in self.history.commits:
             self._tell(Told("seen", body.attempt))
-        for attempt in self.history.retired:
-            self._tell(Told("retiring", attempt))
+        for former in self.history.retired:
+            self._tell(Told("retiring", former.commit.attempt))
         live = {attempt.path for attempt in self.history.needed}
         newest = self.history.generation.generation if self.history.generation is not None else 0
         self._appender = Appender(self._writer, self.history.head)

@@ -203,7 +203,7 @@ class Truth:
         match message:
             case m.Committed(attempt=attempt):
                 if not any(body.attempt == attempt for _, body in self.history.commits) and (
-                    attempt not in self.history.retired
+                    attempt not in {former.commit.attempt for former in self.history.retired}
                 ):
                     raise Violation(f"{who.name} announces {attempt}, which the journal does not have")
             case m.Start(generation=generation):

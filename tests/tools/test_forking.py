@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import ftrain
+from ftrain.checkpoint.catalogue import catalogue, find
 from ftrain.checkpoint.pins import pin, pins, unpin
 from ftrain.checkpoint.retain import remove, sweep
-from ftrain.checkpoint.tools import fork as forking
-from ftrain.checkpoint.tools.catalogue import catalogue, find
-from ftrain.checkpoint.tools.fork import append
+from ftrain.checkpoint.tools import pinning
+from ftrain.checkpoint.tools.fork import append, fork
 from ftrain.checkpoint.tracked import Tracked
 from ftrain.core.journal import FinishBody, GenerationBody, Head, RetireBody
 from ftrain.core.messages import Attempt
@@ -81,9 +81,9 @@ def test_a_commit_that_is_retired_while_it_is_forked_is_refused(
         pin(storage, name, attempt, why)
         retire(run, 10)
 
-    monkeypatch.setattr(forking, "pin", late)
+    monkeypatch.setattr(pinning, "pin", late)
     with pytest.raises(CheckpointNotFound, match="just been retired"):
-        forking.fork(f"{run}@10", str(tmp_path / "new"), weights_only=True)
+        fork(f"{run}@10", str(tmp_path / "new"), weights_only=True)
     assert pins(PosixStorage(run)) == {}
     assert not (tmp_path / "new").exists()
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import ftrain
+from ftrain.checkpoint.catalogue import find
 from ftrain.checkpoint.pins import pin
-from ftrain.checkpoint.tools.catalogue import find
 from ftrain.core.messages import Attempt
 from ftrain.errors import CheckpointNotFound, CorruptCheckpoint
 from ftrain.storage import PosixStorage

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ftrain.checkpoint.tools.catalogue import metrics_by_step
+from ftrain.checkpoint.catalogue import metrics_by_step
 from ftrain.storage import PosixStorage
 from tests.launching.harness import Cluster, clusters
 from tests.tools.runs import ckpt

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ftrain.checkpoint.tools.catalogue import Commit
+from ftrain.checkpoint.catalogue import Commit
 from ftrain.checkpoint.tools.opening import Everything, matching, open_commit
 from ftrain.checkpoint.tools.statistics import Statistics, statistics
 from ftrain.errors import CorruptCheckpoint

@@ -9,8 +9,8 @@ import uuid
 from dataclasses import dataclass
 
 from ftrain import __version__
-from ftrain.checkpoint.pins import pin, pins, unpin
-from ftrain.checkpoint.tools.catalogue import Commit, find, problem_of, read_manifest
+from ftrain.checkpoint.catalogue import Commit, find, problem_of, read_manifest
+from ftrain.checkpoint.tools.pinning import keep
 from ftrain.checkpoint.written import read_index
 from ftrain.core import journal
 from ftrain.core.journal import CommitBody, Head, RunBody
@@ -18,7 +18,6 @@ from ftrain.core.manifest import MANIFEST_PATH
 from ftrain.core.messages import Attempt, Origin
 from ftrain.errors import (
     AlreadyExists,
-    CheckpointNotFound,
     CorruptCheckpoint,
     Fenced,
     StorageError,
@@ -26,7 +25,6 @@ from ftrain.errors import (
     UsageError,
 )
 from ftrain.storage import Storage, open_storage
-from ftrain.storage.history import read_history
 from ftrain.storage.opening import absolute
 
 FORK_GENERATION = 0  # generations of a run count from 1: what it began with is no attempt of its own
@@ -62,7 +60,9 @@ def fork(
     if step is None:
         step = 0 if weights_only else commit.step
     data = commit.storage.read(f"{commit.path}/{MANIFEST_PATH}")
-    name = _pin(commit, run.url)
+    name = f"fork-{hashlib.sha256(run.url.encode()).hexdigest()[:12]}"
+    if not keep(commit, name, f"forked as {run.url}"):
+        name = ""
     origin = Origin(commit.storage.url, commit.path, weights_only, own_options)
     append(
         run,
@@ -109,20 +109,3 @@ def _check_state(commit: Commit) -> None:
             f"{commit.url} was not committed by a run, so there is no data position to go on from: take its weights "
             "with --weights-only"
         )
-
-
-def _pin(commit: Commit, run: str) -> str:
-    """Keep the commit in its own run. Returns the pin's name; "" where its files are in no run."""
-    attempt = read_manifest(commit).attempt
-    if attempt.path != commit.path or not commit.storage.list(journal.DIRECTORY):
-        return ""
-    others = {name for name, path in pins(commit.storage).items() if path == commit.path}
-    name = f"fork-{hashlib.sha256(run.encode()).hexdigest()[:12]}"
-    pin(commit.storage, name, attempt, f"forked as {run}")
-    # Only now: whoever retires it from now on finds the pin.
-    history, _ = read_history(commit.storage)
-    stands = any(body.attempt == attempt for _, body in history.commits) or others - {name}
-    if not stands or problem_of(commit):
-        unpin(commit.storage, name)
-        raise CheckpointNotFound(f"{commit.url} has just been retired by its run; fork a newer commit")
-    return name

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
+from ftrain.checkpoint.catalogue import Commit, find
 from ftrain.checkpoint.foreign.opening import open_foreign
 from ftrain.checkpoint.items import TensorItem, item_of, torch_dtype
 from ftrain.checkpoint.restore import Checkpoint
 from ftrain.checkpoint.source import TensorInfo, TensorSource, Wanted
-from ftrain.checkpoint.tools.catalogue import Commit, find
 from ftrain.errors import MismatchedState
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from ftrain.checkpoint.catalogue import Catalogue, Commit, problem_of
 from ftrain.checkpoint.retain import CHECKPOINTS, pinned_paths, remove
-from ftrain.checkpoint.tools.catalogue import Catalogue, Commit, problem_of
 from ftrain.checkpoint.tools.fork import append
 from ftrain.core.journal import RetireBody
 from ftrain.core.retention import RetentionPolicy, to_retire
@@ -59,7 +59,7 @@ def prune(found: Catalogue, doomed: Sequence[Commit]) -> list[str]:
     now, _ = read_history(storage)
     pinned = pinned_paths(storage)
     kept = pinned | {attempt.path for attempt in now.needed}
-    retired = {attempt.path for attempt in history.retired} | {commit.attempt.path for commit in doomed}
+    retired = {former.commit.attempt.path for former in history.retired} | {commit.attempt.path for commit in doomed}
     there = {
         f"{CHECKPOINTS}/{step}/{name}"
         for step in storage.list(CHECKPOINTS)

@@ -30,35 +30,12 @@ def pieces(source: TensorSource, keys: Sequence[str]) -> Iterator[Piece]:
 
     Raises `CorruptCheckpoint` where bytes are damaged.
     """
-    batch: list[Piece] = []
-    nbytes = 0
-    for key in keys:
-        info = source.tensors[key]
-        for box in boxes(info, key):
-            piece = Piece(key, box, torch.empty(box.shape, dtype=torch_dtype(info.dtype)))
-            if batch and nbytes + piece.tensor.nbytes > BATCH_BYTES:
-                yield from _read(source, batch)
-                batch, nbytes = [], 0
-            batch.append(piece)
-            nbytes += piece.tensor.nbytes
-    yield from _read(source, batch)
+    return (piece for (piece,) in _read((source,), keys))
 
 
 def pairs(one: TensorSource, other: TensorSource, keys: Sequence[str]) -> Iterator[tuple[Piece, Piece]]:
     """The tensors of `keys`, which are in both and of one shape, side by side. Raises as `pieces`."""
-    batch: list[tuple[Piece, Piece]] = []
-    nbytes = 0
-    for key in keys:
-        infos = one.tensors[key], other.tensors[key]
-        for box in boxes(max(infos, key=lambda info: item_bytes(info.dtype, key)), key):
-            first, second = (Piece(key, box, torch.empty(box.shape, dtype=torch_dtype(info.dtype))) for info in infos)
-            size = first.tensor.nbytes + second.tensor.nbytes
-            if batch and nbytes + size > BATCH_BYTES:
-                yield from _read_both(one, other, batch)
-                batch, nbytes = [], 0
-            batch.append((first, second))
-            nbytes += size
-    yield from _read_both(one, other, batch)
+    return ((first, second) for first, second in _read((one, other), keys))
 
 
 def boxes(info: TensorInfo, key: str, nbytes_max: int = PIECE_BYTES) -> Iterator[Box]:
@@ -80,15 +57,33 @@ def boxes(info: TensorInfo, key: str, nbytes_max: int = PIECE_BYTES) -> Iterator
         yield Box(offset, shape)
 
 
-def _read(source: TensorSource, batch: Sequence[Piece]) -> Iterator[Piece]:
+def _read(sources: Sequence[TensorSource], keys: Sequence[str]) -> Iterator[list[Piece]]:
+    """Each tensor's pieces, of all sources side by side."""
+    for batch in _batches(_empty(sources, keys)):
+        for number, source in enumerate(sources):
+            wanted = [side[number] for side in batch]
+            source.read([Wanted(piece.key, piece.box, piece.tensor) for piece in wanted])
+            del wanted
+        yield from batch
+        del batch  # before the next one takes as much memory
+
+
+def _empty(sources: Sequence[TensorSource], keys: Sequence[str]) -> Iterator[list[Piece]]:
+    for key in keys:
+        infos = [source.tensors[key] for source in sources]
+        for box in boxes(max(infos, key=lambda info: item_bytes(info.dtype, key)), key):
+            yield [Piece(key, box, torch.empty(box.shape, dtype=torch_dtype(info.dtype))) for info in infos]
+
+
+def _batches(sides: Iterator[list[Piece]]) -> Iterator[list[list[Piece]]]:
+    batch: list[list[Piece]] = []
+    nbytes = 0
+    for side in sides:
+        size = sum(piece.tensor.nbytes for piece in side)
+        if batch and nbytes + size > BATCH_BYTES:
+            yield batch
+            batch, nbytes = [], 0
+        batch.append(side)
+        nbytes += size
     if batch:
-        source.read([Wanted(piece.key, piece.box, piece.tensor) for piece in batch])
-    yield from batch
-
-
-def _read_both(
-    one: TensorSource, other: TensorSource, batch: Sequence[tuple[Piece, Piece]]
-) -> Iterator[tuple[Piece, Piece]]:
-    for _ in zip(_read(one, [first for first, _ in batch]), _read(other, [second for _, second in batch]), strict=True):
-        pass
-    yield from batch
+        yield batch

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import msgspec
 
 from ftrain import _native
-from ftrain.checkpoint.tools.catalogue import Commit, read_manifest
+from ftrain.checkpoint.catalogue import Commit, read_manifest
 from ftrain.checkpoint.written import Written, read_written
 from ftrain.core.manifest import MANIFEST_PATH, REFERENCES_PATH, PackIndex, check_coverage, data_path, pack_path
 from ftrain.errors import CorruptCheckpoint, NotFound

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.text import Text
 
-from ftrain.checkpoint.tools.catalogue import Catalogue, catalogue, find, metrics_by_step
+from ftrain.checkpoint.catalogue import Catalogue, catalogue, find, metrics_by_step
 from ftrain.cli.ckpt import output
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from ftrain.cli.ckpt.export import export
 from ftrain.cli.ckpt.fork import fork
 from ftrain.cli.ckpt.importing import import_
 from ftrain.cli.ckpt.ls import ls
+from ftrain.cli.ckpt.pin import pin, unpin
 from ftrain.cli.ckpt.prune import prune
 from ftrain.cli.ckpt.show import show
 from ftrain.cli.ckpt.verify import verify
@@ -21,4 +22,6 @@ app.command(help="Compare two checkpoints tensor by tensor.")(diff)
 app.command(help="Write safetensors, a torch file, DCP or plain zarr.")(export)
 app.command("import", help="Make a checkpoint of safetensors, a torch file or DCP.")(import_)
 app.command(help="Begin a new run with a commit of another, without copying it.")(fork)
+app.command(help="Keep a commit under a name, whatever retention says.")(pin)
+app.command(help="Take such a name away.")(unpin)
 app.command(help="Remove commits of a run that nobody runs.")(prune)

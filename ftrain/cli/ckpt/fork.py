@@ -36,5 +36,5 @@ def fork(
     what = "the weights of " if weights_only else ""
     output.say(f"{done.run}: a new run that goes on from step {done.step}, with {what}{done.origin}")
     if done.pin:
-        output.say(f"  which stays as long as its run has the pin {done.pin!r} (remove the directory pins/{done.pin})")
+        output.say(f"  which stays as long as its run has the pin {done.pin!r} (`ftrain ckpt unpin`)")
     output.say(f"  start it with:  ftrain launch --run-dir {run_dir} ...")

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from ftrain.checkpoint.tools.catalogue import Catalogue, Commit, catalogue, problem_of
+from ftrain.checkpoint.catalogue import Catalogue, Commit, catalogue, problem_of
 from ftrain.cli.ckpt import output
 from ftrain.cli.ckpt.output import AsJson
 from ftrain.errors import ExitCode

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ftrain.checkpoint.tools.catalogue import Catalogue, catalogue
+from ftrain.checkpoint.catalogue import Catalogue, catalogue
 from ftrain.checkpoint.tools.prune import Plan, plan
 from ftrain.checkpoint.tools.prune import prune as carry_out
 from ftrain.cli.ckpt import output

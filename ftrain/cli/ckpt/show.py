@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from ftrain.checkpoint.tools.catalogue import Commit, find, read_manifest
+from ftrain.checkpoint.catalogue import Commit, find, read_manifest
 from ftrain.cli.ckpt import output
 from ftrain.cli.ckpt.anomalies import show_anomalies
 from ftrain.cli.ckpt.output import AsJson, Only

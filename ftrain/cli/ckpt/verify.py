@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from ftrain.checkpoint.tools.catalogue import Commit, catalogue, find, read_manifest
+from ftrain.checkpoint.catalogue import Commit, catalogue, find, read_manifest
 from ftrain.checkpoint.tools.verify import verify as prove
 from ftrain.cli.ckpt import output
 from ftrain.cli.ckpt.output import AsJson

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -50,13 +51,12 @@ class Commit:
 
 @dataclass(frozen=True, slots=True)
 class Catalogue:
-    """What is at a place, oldest first."""
+    """What is at a place, oldest first: a run's commits, with those that only a pin keeps."""
 
     place: str
     commits: tuple[Commit, ...]
     history: History | None = None  # None where it is no run
     storage: Storage | None = None  # the run's
-    retired: tuple[Attempt, ...] = ()
     kept: tuple[Commit, ...] = ()  # what `ftrain.save(run, ..., keep=NAME)` left beside the commits
 
     @property
@@ -164,16 +164,19 @@ def metrics_by_step(storage: Storage) -> list[tuple[int, dict[str, float]]]:
 def _run(url: str, storage: Storage) -> Catalogue:
     history, _ = read_history(storage)
     names = pins(storage)
+    paths = set(names.values())
+    there = [journal.Committed(sequence, history.times[sequence], body) for sequence, body in history.commits]
+    there += [former for former in history.retired if former.commit.attempt.path in paths]
     commits = tuple(
-        replace(_committed(storage, body), sequence=sequence, unix_seconds=history.times[sequence])
-        for sequence, body in history.commits
+        replace(_committed(storage, body), sequence=sequence, unix_seconds=seconds)
+        for sequence, seconds, body in sorted(there, key=operator.itemgetter(0))
     )
-    pinned = tuple(
+    named = tuple(
         replace(commit, pins=tuple(sorted(name for name, path in names.items() if path == commit.attempt.path)))
         for commit in commits
     )
     kept = [_saved(storage, f"{KEPT}/{name}") for name in storage.list(KEPT) if _is_saved(storage, f"{KEPT}/{name}")]
-    return Catalogue(url, pinned, history, storage, history.retired, tuple(kept))
+    return Catalogue(url, named, history, storage, tuple(kept))
 
 
 def _committed(storage: Storage, body: CommitBody) -> Commit:
@@ -235,7 +238,8 @@ def _select(found: Catalogue, which: str) -> Commit:
         else:
             named = [commit for commit in commits if commit.step == number]
     if not named:
-        retired = any(str(attempt.step) == which for attempt in found.retired)
+        former = found.history.retired if found.history is not None else ()
+        retired = any(str(one.commit.attempt.step) == which for one in former)
         gone = "; that one was retired, which --keep decides" if retired else ""
         raise CheckpointNotFound(f"{found.place} has no commit {which}: it has {_steps(commits)}{gone}")
     return named[-1]
