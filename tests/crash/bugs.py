@@ -136,6 +136,13 @@ def _412_taken_for_a_loss() -> Any:
     return patch.object(ObjectStorage, "_create", create)
 
 
+def _referred_files_swept() -> Any:
+    """Only what a commit wrote itself is its own."""
+    return patch.object(
+        journal.History, "needed", property(lambda history: frozenset(body.attempt for _, body in history.commits))
+    )
+
+
 # Each with the class of faults that shows it.
 BUGS: dict[str, tuple[Callable[[], Any], str]] = {
     "the file is not synced": (_file_not_synced, "crash"),
@@ -147,5 +154,6 @@ BUGS: dict[str, tuple[Callable[[], Any], str]] = {
     "the fence is left out": (_fence_left_out, "overtaken"),
     "a record is overwritten": (_record_overwritten, "overtaken"),
     "a record is acted upon before its name is durable": (_confirmed_without_its_directory, "killed"),
+    "what is referred to is swept": (_referred_files_swept, "referred"),
     "412 is taken for a loss": (_412_taken_for_a_loss, "store"),
 }

@@ -6,33 +6,41 @@ decide, the shells' own functions act. What a life says to others goes to `tell`
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from ftrain.agent.coordinator_host import _discard, _publish, _store, durable_history
+from ftrain import _native
+from ftrain.agent.coordinator_host import _discard, _publish, _store
+from ftrain.checkpoint.arena import Arena
 from ftrain.checkpoint.items import TensorItem
 from ftrain.checkpoint.pack_plan import PackPlan
-from ftrain.checkpoint.persist import persist_plan
+from ftrain.checkpoint.persist import persist_slot
 from ftrain.checkpoint.restore import Checkpoint
 from ftrain.checkpoint.retain import sweep
+from ftrain.checkpoint.unchanged import Memory
 from ftrain.core import commit, journal, recovery, retention, run_state
 from ftrain.core.journal import Appender, CommitBody, History
 from ftrain.core.layout import TensorSpec, write_plan
-from ftrain.core.messages import Attempt, PackRecord
+from ftrain.core.messages import Attempt
 from ftrain.core.retention import RetentionPolicy
 from ftrain.errors import CorruptCheckpoint, FtrainError
 from ftrain.storage.base import Effort, Storage
+from ftrain.storage.history import durable_history
 
 RANKS = 2
 KEEP = 2
 ELEMENTS = 1024  # of each tensor: one block
 TRIES = 3  # of a record that storage refuses
+SLOT = 0
+INDEX_BYTES = 1 << 16
 SPECS = [
-    [TensorSpec("w", "float32", (ELEMENTS,)), TensorSpec("own", "float32", (ELEMENTS,), private=True)],
+    [
+        TensorSpec("w", "float32", (ELEMENTS,)),
+        TensorSpec("own", "float32", (ELEMENTS,), private=True),
+        TensorSpec("frozen", "float32", (ELEMENTS,)),  # is referred to, where its agent knows that it is on storage
+    ],
     [TensorSpec("v", "float32", (ELEMENTS,))],
 ]
 
@@ -61,6 +69,7 @@ class Life:
         self._storage, self._agent = open_storage(), open_storage()
         self._writer = writer
         self._tell = tell
+        self._memory = Memory()
         self._generation = 0
         self._number = 0
         self._now = 0.0
@@ -128,24 +137,27 @@ class Life:
                     )
                 case commit.WriteCommit():
                     self._tell(Told("submitted", state.attempt))
-                    self._append(CommitBody(state.attempt, RANKS, state.manifest_sha256, 1))
+                    refers = sorted({attempt for pack in state.packs for attempt in pack.refers})
+                    body = CommitBody(state.attempt, RANKS, state.manifest_sha256, 1, refers=tuple(refers))
+                    self._append(body)
                     state = self._feed(state, commit.Recorded())
                 case commit.AnnounceCommit():
                     self._tell(Told("acked", state.attempt))
                     for old in retention.to_retire(self.history, RetentionPolicy(KEEP), frozenset()):
                         self._tell(Told("retiring", old))
                         self._append(journal.RetireBody(old))
-                        _discard(self._storage, (old.path,))
+                        _discard(self._storage, [attempt.path for attempt in self.history.let_go])
                 case commit.AnnounceAbort():
                     _discard(self._storage, (state.attempt.path,))
         return state
 
     def _persist(self, attempt: Attempt, rank: int) -> commit.Event:
-        tensors = tensors_of(attempt.step, rank)
-        addresses = array("Q", [tensor.data_ptr() for tensor in tensors])
-        plain = {"step": attempt.step}
+        base = self.history.commits[-1][1].attempt if self.history.commits else None
+        seal(attempt, rank)
         try:
-            pack = _persist(self._agent, attempt, rank, addresses, plain)
+            pack = persist_slot(
+                self._agent, attempt, rank, _ARENAS[rank], SLOT, lambda: False, Effort(), self._memory, base
+            )
         except (FtrainError, OSError) as error:
             return commit.RankFailed(rank, str(error))
         return commit.RankPrepared(pack)
@@ -186,16 +198,24 @@ def restored(storage: Storage, attempt: Attempt, manifest_sha256: str) -> None:
 
 
 def value(step: int, key: str) -> float:
-    return step + {"w": 0.25, "own": 0.5, "v": 0.75}[key]
+    return 0.125 if key == "frozen" else step + {"w": 0.25, "own": 0.5, "v": 0.75}[key]
 
 
-def tensors_of(step: int, rank: int) -> list[torch.Tensor]:
-    """What the rank writes at this step, in the order of its pack."""
-    return [torch.full(spec.shape, value(step, spec.key)) for spec in (item.spec for item in _PLANS[rank].writes)]
+def seal(attempt: Attempt, rank: int) -> None:
+    """The rank's snapshot at this step, in its arena."""
+    arena, plan = _ARENAS[rank], _PLANS[rank]
+    arena.clear_index(SLOT)
+    for write, offset in zip(plan.writes, plan.offsets, strict=True):
+        tensor = torch.full(write.spec.shape, value(attempt.step, write.spec.key))
+        arena.view(SLOT, offset, write.nbytes)[:] = memoryview(tensor.numpy()).cast("B")
+    arena.write_index(SLOT, plan.encode(plan.index(attempt, {"step": attempt.step})))
 
 
-def _persist(storage: Storage, attempt: Attempt, rank: int, addresses: Any, plain: dict[str, Any]) -> PackRecord:
-    return persist_plan(storage, attempt.path, attempt, _PLANS[rank], addresses, plain, Effort())
+def _arena(plan: PackPlan) -> Arena:
+    arena = Arena(_native.memory_file("crash-arena"))
+    arena.reserve(SLOT + 1, plan.layout.image_bytes, INDEX_BYTES, 0)
+    return arena
 
 
 _PLANS = [PackPlan(rank, RANKS, writes) for rank, writes in enumerate(write_plan(SPECS))]
+_ARENAS = [_arena(plan) for plan in _PLANS]

@@ -14,7 +14,7 @@ def search_all(search: Search, states: int) -> None:
     Small scenes are searched whole: every state of every moment. Of large ones, and of double faults, states are drawn.
     """
     begins = scenes.beginnings(search)
-    empty, one, full, garbage = (begins[name] for name in ("empty", "one", "full", "garbage"))
+    empty, one, full, garbage, referred = (begins[name] for name in ("empty", "one", "full", "garbage", "referred"))
     commit, restore, retire, take_over = scenes.commit, scenes.restore, scenes.retire, scenes.take_over
     share = states // 100
     for name, begin in begins.items():
@@ -22,8 +22,9 @@ def search_all(search: Search, states: int) -> None:
     search.crash("commit, empty: a crash", commit, empty)
     search.crash("commit, one: a crash", commit, one)
     search.crash("commit, garbage: a crash", commit, garbage, 10 * share)
+    search.crash("commit, referred: a crash", commit, referred, 4 * share)
     search.crash("retire, empty: a crash", retire, empty, 4 * share)
-    search.crash("retire, full: a crash", retire, full, 12 * share)
+    search.crash("retire, full: a crash", retire, full, 8 * share)
     search.overtaken("fence, commit: overtaken, a crash", commit, take_over, one, 10 * share)
     search.overtaken("fence, retire: overtaken, a crash", retire, take_over, full, 4 * share, runs=40)
     search.kills("commit: killed, then a crash", commit, take_over, one, 8 * share, runs=100)
@@ -75,6 +76,8 @@ def search_for(search: Search, fault: str) -> None:
     match fault:
         case "crash":
             search.crash(fault, scenes.commit, one, 300)
+        case "referred":
+            search.crash(fault, scenes.take_over, scenes.with_references(search), 200)
         case "overtaken":
             search.overtaken(fault, scenes.commit, scenes.take_over, one, 100, runs=25)
         case "killed":

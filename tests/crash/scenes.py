@@ -17,11 +17,11 @@ def commit(stage: Stage) -> None:
 
 
 def retire(stage: Stage) -> None:
-    """So many commits that the oldest are retired, and their files removed."""
+    """So many commits that the oldest are retired, and removed where the newest do not refer to them."""
     life = stage.life()
     life.begin()
     step = max((body.attempt.step for _, body in life.history.commits), default=0)
-    for number in (1, 2):
+    for number in (1, 2, 3):
         life.commit(step + number * STEPS)
 
 
@@ -44,15 +44,23 @@ SCENES: dict[str, Scene] = {"commit": commit, "restore": restore, "retire": reti
 
 
 def beginnings(search: Search) -> dict[str, Begin]:
-    """States to begin with, all durable: nothing at all, one commit, as many as are kept, and garbage beside them."""
+    """States to begin with, all durable: nothing at all, one commit, as many as are kept, and garbage beside them.
+
+    `referred`: the commits refer to packs of one that was retired.
+    """
     empty: Begin = ((), Expected())
     one = one_commit(search)
     full = _after(search, commit, one, "full")
-    return {"empty": empty, "one": one, "full": full, "garbage": _with_garbage(search, full, "garbage")}
+    garbage, referred = _with_garbage(search, full, "garbage"), with_references(search)
+    return {"empty": empty, "one": one, "full": full, "garbage": garbage, "referred": referred}
 
 
 def one_commit(search: Search) -> Begin:
     return _after(search, commit, ((), Expected()), "one")
+
+
+def with_references(search: Search) -> Begin:
+    return _after(search, retire, one_commit(search), "referred")
 
 
 def _after(search: Search, scene: Scene, begin: Begin, name: str) -> Begin:

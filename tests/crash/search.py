@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ftrain.checkpoint.written import referred
+from ftrain.core.manifest import MANIFEST_PATH, decode_manifest
 from ftrain.core.messages import Attempt
 from ftrain.errors import FtrainError
 from ftrain.storage.base import Storage
@@ -97,6 +99,7 @@ class Search:
         self._contents: dict[bytes, int] = {}
         self._judged: set[bytes] = set()
         self._proved: set[bytes] = set()
+        self._refers: dict[str, list[str]] = {}
         self._went_on: set[bytes] = set()
         self._dice = random.Random(seed)
         self._stops = first_violation
@@ -282,10 +285,23 @@ class Search:
     def _prove(self, root: Path, storage: Storage, attempt: Attempt, manifest_sha256: str) -> None:
         """Equal files are proved once."""
         found = hashlib.blake2b(manifest_sha256.encode(), digest_size=16)
-        _feed_files(found, str(root / attempt.path), attempt.path)
+        for path in (attempt.path, *self._referred(storage, attempt, manifest_sha256)):
+            if (root / path).is_dir():
+                _feed_files(found, str(root / path), path)
         if found.digest() not in self._proved:
             restored(storage, attempt, manifest_sha256)
             self._proved.add(found.digest())
+
+    def _referred(self, storage: Storage, attempt: Attempt, manifest_sha256: str) -> list[str]:
+        """The attempts whose files a commit needs beside its own, where its manifest can be read."""
+        if manifest_sha256 not in self._refers:
+            path = f"{attempt.path}/{MANIFEST_PATH}"
+            try:
+                packs = decode_manifest(storage.read(path), path).packs
+            except FtrainError:
+                return []
+            self._refers[manifest_sha256] = sorted(other.path for other in referred(packs))
+        return self._refers[manifest_sha256]
 
     def _is_known(self, root: Path) -> bool:
         found = hashlib.blake2b(digest_size=16)
