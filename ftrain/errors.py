@@ -66,6 +66,10 @@ class UnknownOutcome(StorageError):
     """The reply was lost: the operation may or may not have happened. Read back before deciding."""
 
 
+class ForeignAnswer(UnknownOutcome):
+    """What answered is no store of the kind that was asked for, or not enough of one to say what it did."""
+
+
 class CorruptCheckpoint(StorageError):
     """Bytes that do not match their checksum, or a record that does not parse. Names tensor, rank, file and offset."""
 

@@ -218,7 +218,8 @@ def _run_dir(asked: str, log_dir: Path | None, topology: Topology, program: Prog
     if not asked and not topology.single:
         raise UsageError("several nodes need --run-dir DIR, the same on each, on storage that all of them see")
     if not asked:
-        stem = re.sub(r"[^A-Za-z0-9_.-]", "_", Path(program.target).stem)
+        name = program.target if program.kind == "module" else Path(program.target).stem
+        stem = re.sub(r"[^A-Za-z0-9_.-]", "_", name)
         asked = str(Path("runs") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     url, place = options.run_place(asked, "--run-dir")
     if url and log_dir is not None:

@@ -29,6 +29,11 @@ _LIST_KEYS = 1000  # of one answer
 RETRIES_MAX = 6
 RETRY_SECONDS_MAX = 60
 _SCHEMES = {"s3": "S3", "gs": "Google Cloud Storage", "az": "Azure"}
+_ENDPOINTS = {
+    "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
+    "gs": ("GOOGLE_BASE_URL",),
+    "az": ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,8 +203,7 @@ def _store(scheme: str, name: str, prefix: str, retries_max: int) -> Any:
 
 def _plain_http(scheme: str) -> bool:
     """Only where an endpoint is given that asks for it. Raises `UsageError` for one that is no URL."""
-    names = {"s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"), "az": ("AZURE_STORAGE_ENDPOINT",)}
-    for name in names.get(scheme, ()):
+    for name in _ENDPOINTS[scheme]:
         given = os.environ.get(name, "")
         if given and not re.match(r"https?://[^/\s]", given):
             raise UsageError(f"{name}={given}: give a URL such as https://HOST:PORT")

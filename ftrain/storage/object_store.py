@@ -21,7 +21,15 @@ import numpy as np
 
 from ftrain import _native
 from ftrain._native import crc32c_address
-from ftrain.errors import AlreadyExists, CorruptCheckpoint, NotFound, StorageError, UnknownOutcome, UsageError
+from ftrain.errors import (
+    AlreadyExists,
+    CorruptCheckpoint,
+    ForeignAnswer,
+    NotFound,
+    StorageError,
+    UnknownOutcome,
+    UsageError,
+)
 from ftrain.storage.base import Effort, Ranges
 from ftrain.storage.bucket import Bucket
 from ftrain.storage.pack import Pack, PackParts
@@ -71,6 +79,8 @@ class ObjectStorage:
             except AlreadyExists:
                 if self._bucket.get(key) == b"first":
                     return
+        except ForeignAnswer as error:
+            raise UsageError(f"{self.url} cannot be used: {error}") from None
         except UnknownOutcome as error:
             raise StorageError(f"{self.url} does not answer: {error}") from None
         except StorageError as error:

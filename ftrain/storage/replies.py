@@ -8,16 +8,18 @@ from contextlib import contextmanager
 
 from obstore import exceptions
 
-from ftrain.errors import AlreadyExists, CorruptCheckpoint, NotFound, StorageError, UnknownOutcome
+from ftrain.errors import AlreadyExists, CorruptCheckpoint, ForeignAnswer, NotFound, StorageError, UnknownOutcome
 
 _STATUS = re.compile(r"non-2xx status code: (\d{3})([^:\n<]*)")
 _CODE = re.compile(r"<Code>([^<]{1,100})</Code>")
-_MESSAGE = re.compile(r"<Message>([^<]{1,300})</Message>")
+_MESSAGE = re.compile(r"<Message>([^<\n]{1,300})")
 _WITHOUT_CREDENTIALS = ("169.254.169.254", "169.254.170.2", "metadata.google.internal")  # where they are asked for last
 _VARIABLES = (
     "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, or AZURE_STORAGE_ACCOUNT_NAME and "
     "AZURE_STORAGE_ACCOUNT_KEY"
 )
+_PLAIN_HTTP = ("scheme is not https", "URL scheme is not allowed", "BadScheme")
+_FOREIGN = re.compile(r"([A-Z][A-Za-z-]+ Header missing from response|Got invalid [a-z ]+ response)")
 _SYSTEM_ERROR = re.compile(r'kind: \w+,\s+message: "([^"]{1,100})"')
 _TRANSIENT = (408, 409, 425, 429)  # besides all from 500
 
@@ -49,6 +51,8 @@ def writing(what: str) -> Iterator[None]:
         kind = UnknownOutcome if "NoSuchUpload" in str(error) else StorageError
         raise kind(f"{what}: {cause(error)}") from error
     except (exceptions.BaseError, ValueError, OSError) as error:
+        if _FOREIGN.search(str(error)):
+            raise ForeignAnswer(f"{what}: {cause(error)}") from error
         kind = StorageError if _refused(error) else UnknownOutcome
         raise kind(f"{what}: {cause(error)}") from error
 
@@ -58,8 +62,10 @@ def cause(error: Exception) -> str:
     text = str(error)
     if any(host in text for host in _WITHOUT_CREDENTIALS):
         return f"no credentials were found; set {_VARIABLES}"
-    if "scheme is not https" in text or "URL scheme is not allowed" in text:
+    if any(said in text for said in _PLAIN_HTTP):
         return "plain http is used only where the endpoint is given as http://"
+    if foreign := _FOREIGN.search(text):
+        return f"the answer is not one of such a store ({foreign[1]})"
     status = _STATUS.search(text)
     if status is None:
         return _last_reason(text)
@@ -81,7 +87,7 @@ def _refused(error: Exception) -> bool:
     text = str(error)
     status = _STATUS.search(text)
     if status is None:
-        return any(host in text for host in _WITHOUT_CREDENTIALS) or "URL scheme is not allowed" in text
+        return any(said in text for said in (*_WITHOUT_CREDENTIALS, *_PLAIN_HTTP))
     return int(status[1]) == 501 or (400 <= int(status[1]) < 500 and int(status[1]) not in _TRANSIENT)
 
 

@@ -1,17 +1,17 @@
-"""Stands before an S3 server and hurts what passes: a rule says, request by request, what becomes of it."""
+"""Stands before an object store and hurts what passes: a rule says, request by request, what becomes of it."""
 
 from __future__ import annotations
 
 import http.client
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
-from tests.storage.servers import S3Server
+from tests.storage.servers import Server
 
 PASS = "pass"
 LOSE_REQUEST = "lose the request"  # the store never hears of it
@@ -19,18 +19,31 @@ LOSE_REPLY = "lose the reply"  # the store does it
 CUT_REPLY = "cut the reply"  # in the middle of its body
 STRIP_CONDITION = "strip the condition"  # as a store does that does not know of it
 # A number, such as "503", is answered in the store's place.
+CONDITIONS = ("if-none-match", "x-goog-if-generation-match")
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
     method: str
     path: str  # of the object, in the bucket
-    query: frozenset[str]
+    query: Mapping[str, str]
     conditional: bool
 
     @property
     def kind(self) -> str:
-        """What it is, in the words of S3's reference."""
+        """What it is, in the words of S3's reference, also where it is sent to Azure."""
+        return self._azure_kind() or self._s3_kind()
+
+    def _azure_kind(self) -> str:
+        kinds = {
+            ("PUT", "block"): "UploadPart",
+            ("PUT", "blocklist"): "CompleteMultipartUpload",
+            ("GET", "list"): "ListObjectsV2",
+            ("POST", "batch"): "DeleteObjects",
+        }
+        return kinds.get((self.method, self.query.get("comp", "")), "")
+
+    def _s3_kind(self) -> str:
         match self.method, "uploads" in self.query, "uploadId" in self.query:
             case "POST", True, _:
                 return "CreateMultipartUpload"
@@ -55,7 +68,7 @@ Rule = Callable[[Request], str]
 
 @dataclass
 class Proxy:
-    server: S3Server
+    server: Server
     rule: Rule = lambda _: PASS
     requests: list[Request] = field(default_factory=list)
 
@@ -81,11 +94,11 @@ class Proxy:
 
 
 @contextmanager
-def proxy_of(upstream: S3Server) -> Iterator[Proxy]:
+def proxy_of(upstream: Server) -> Iterator[Proxy]:
     with ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as server:
         server.daemon_threads = True
         server.block_on_close = False
-        proxy = Proxy(S3Server(f"http://127.0.0.1:{server.server_address[1]}"))
+        proxy = Proxy(replace(upstream, endpoint=f"http://127.0.0.1:{server.server_address[1]}"))
         server.proxy, server.upstream = proxy, urlsplit(upstream.endpoint).netloc  # type: ignore[attr-defined]
         thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
@@ -102,9 +115,9 @@ class _Handler(BaseHTTPRequestHandler):
     def handle_any(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", "0")))
         parts = urlsplit(self.path)
-        conditional = self.headers.get("If-None-Match") is not None
+        conditional = any(name in self.headers for name in CONDITIONS)
         path = parts.path.lstrip("/").partition("/")[2]
-        request = Request(self.command, path, frozenset(parse_qs(parts.query, True)), conditional)
+        request = Request(self.command, path, dict(parse_qsl(parts.query, True)), conditional)
         proxy: Proxy = self.server.proxy  # type: ignore[attr-defined]
         proxy.requests.append(request)
         action = proxy.rule(request)
@@ -114,7 +127,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(int(action), {}, b"<Error><Code>Trouble</Code><Message>made</Message></Error>")
         headers = {name: value for name, value in self.headers.items() if name.lower() != "connection"}
         if action == STRIP_CONDITION:
-            headers = {name: value for name, value in headers.items() if name.lower() != "if-none-match"}
+            headers = {name: value for name, value in headers.items() if name.lower() not in CONDITIONS}
         status, found, data = self._ask(body, headers)
         if action == LOSE_REPLY:
             return self._hang_up()

@@ -21,7 +21,7 @@ from ftrain.storage.posix import FILES_MAX
 from tests.storage.servers import set_environment
 
 
-@pytest.fixture(params=["posix", "moto", "seaweedfs"])
+@pytest.fixture(params=["posix", "moto", "seaweedfs", "azurite", "gcs"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Storage:
     if request.param == "posix":
         return PosixStorage(tmp_path / "run")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -62,3 +63,24 @@ def test_plain_http_is_used_only_for_an_endpoint_that_says_so(monkeypatch: pytes
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(StorageError, match="Connection refused"):
         open_storage("s3://bucket/run").read("x")
+
+
+@pytest.mark.parametrize("name", ["AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT", "GOOGLE_BASE_URL"])
+def test_plain_http_to_azure_or_gcs_is_used_only_for_an_endpoint_that_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    account = {"disable_oauth": True, "gcs_base_url": "http://127.0.0.1:9", "client_email": "", "private_key": ""}
+    (tmp_path / "account.json").write_text(json.dumps({**account, "private_key_id": ""}))
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "a2V5")
+    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT", str(tmp_path / "account.json"))
+    scheme = "gs" if name.startswith("GOOGLE") else "az"
+    if scheme == "gs":
+        with pytest.raises(StorageError, match="plain http is used only where"):
+            open_storage("gs://bucket/run").create("x", b"")
+    monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with pytest.raises(StorageError, match="Connection refused"):
+        open_storage(f"{scheme}://bucket/run").read("x")
+    monkeypatch.setenv(name, "127.0.0.1:9")
+    with pytest.raises(UsageError, match=f"^{name}=127.0.0.1:9: give a URL such as"):
+        open_storage(f"{scheme}://bucket/run")

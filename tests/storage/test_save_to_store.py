@@ -18,7 +18,7 @@ import ftrain
 from ftrain.errors import AlreadyExists, CheckpointNotFound, UsageError
 from ftrain.storage import open_storage
 from tests.storage.proxy import LOSE_REQUEST, PASS, Request, proxy_of
-from tests.storage.servers import BUCKET, S3Server, set_environment
+from tests.storage.servers import BUCKET, S3Server, Server, set_environment
 
 
 def state(seed: int = 0) -> dict[str, object]:
@@ -26,8 +26,8 @@ def state(seed: int = 0) -> dict[str, object]:
     return {"model": torch.nn.Linear(64, 32), "big": torch.randn(3 << 20), "epoch": seed}
 
 
-def test_what_was_saved_to_a_url_is_loaded_from_it(s3: S3Server) -> None:
-    url, saved = s3.new_url(), state(1)
+def test_what_was_saved_to_a_url_is_loaded_from_it(store: Server) -> None:
+    url, saved = store.new_url(), state(1)
     ftrain.save(url, saved, step=7)
     found = state(2)
     assert ftrain.load(url, found).step == 7
@@ -41,8 +41,8 @@ def test_what_was_saved_to_a_url_is_loaded_from_it(s3: S3Server) -> None:
     assert ftrain.load(f"{url}-2", found).step == 9
 
 
-def test_where_nothing_was_saved_nothing_is_loaded(s3: S3Server) -> None:
-    url = s3.new_url()
+def test_where_nothing_was_saved_nothing_is_loaded(store: Server) -> None:
+    url = store.new_url()
     with pytest.raises(CheckpointNotFound, match=f"{url} is neither a checkpoint nor a run"):
         ftrain.load(url, state())
 

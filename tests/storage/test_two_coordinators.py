@@ -16,7 +16,7 @@ from ftrain.core.messages import Attempt
 from ftrain.storage.bucket import StoreBucket
 from ftrain.storage.object_store import ObjectStorage, Patience
 from tests.storage.proxy import LOSE_REPLY, LOSE_REQUEST, PASS, Request, proxy_of
-from tests.storage.servers import BUCKET, S3Server, set_environment
+from tests.storage.servers import BUCKET, Server, set_environment
 
 COMMITS = 6
 COORDINATORS = 2
@@ -49,9 +49,11 @@ def coordinate(storage: ObjectStorage, writer: str, barrier: threading.Barrier) 
 
 
 @pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("store", ["moto", "azurite", "gcs"])
 def test_of_two_coordinators_one_wins_and_the_other_stops(
-    moto: S3Server, monkeypatch: pytest.MonkeyPatch, seed: int
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, store: str, seed: int
 ) -> None:
+    server: Server = request.getfixturevalue(store)
     chances, lock = random.Random(seed), threading.Lock()
 
     def rule(request: Request) -> str:
@@ -59,12 +61,12 @@ def test_of_two_coordinators_one_wins_and_the_other_stops(
             trouble = chances.choice([PASS, PASS, LOSE_REPLY, LOSE_REQUEST, "503"])
         return trouble if request.kind == "PutObject" else PASS
 
-    with proxy_of(moto) as proxy:
+    with proxy_of(server) as proxy:
         set_environment(proxy.server, monkeypatch)
         proxy.rule = rule
         # So little patience that many outcomes stay unknown, and the journal has to find out itself.
         storages = [
-            ObjectStorage(StoreBucket("s3", BUCKET, f"two-{seed}"), patience=Patience(2, 0.001, 0.002))
+            ObjectStorage(StoreBucket(server.scheme, BUCKET, f"two-{store}-{seed}"), patience=Patience(2, 0.001, 0.002))
             for _ in range(COORDINATORS)
         ]
         barrier = threading.Barrier(COORDINATORS)
