@@ -33,6 +33,7 @@ class Topology:
     host: str = "127.0.0.1"  # of the rendezvous endpoint
     port: int = 0  # 0: any free port, single node only
     local_address: str = ""  # where other nodes reach this one; "" finds it out
+    store_port: int = 0  # of the ranks' store, MASTER_PORT; 0: any free port. Single node only
 
     @property
     def single(self) -> bool:

@@ -34,7 +34,7 @@ from ftrain.core import local, node
 from ftrain.core import messages as m
 from ftrain.core.hangs import Look
 from ftrain.core.local import Boot, Recover
-from ftrain.errors import ExitCode, FtrainError, PeerLost, Refused
+from ftrain.errors import ExitCode, FtrainError, PeerLost, Refused, Unavailable
 from ftrain.spec import JobSpec
 from ftrain.storage.base import Storage
 
@@ -69,6 +69,7 @@ class Agent:
         self._workers: dict[int, WorkerProcess] = {}
         self._memory: dict[int, RankMemory] = {}  # by local rank
         self._stores: dict[int, int] = {}  # pid -> generation
+        self._store_ended = asyncio.Event()
         self._forks = 0  # under way
         self._ended_early: dict[int, tuple[int, int]] = {}  # pid -> code and signal
         self._tasks: set[asyncio.Task[None]] = set()
@@ -196,6 +197,7 @@ class Agent:
     def _ended(self, pid: int, code: int, signum: int) -> None:
         if pid in self._stores:
             generation = self._stores.pop(pid)
+            self._store_ended.set()
             self._post(node.StoreDown(generation))
             return
         worker = next((one for one in self._workers.values() if one.pid == pid), None)
@@ -410,9 +412,7 @@ class Agent:
 
     async def _host_store(self, generation: int) -> None:
         """A listening socket of ours, served by a process of its own: clients may connect before it serves."""
-        address = "127.0.0.1" if self._spec.topology.loopback else ""
-        listening = socket.create_server((address, 0), backlog=4096)
-        with listening:
+        with await self._listen_for_ranks(generation) as listening:
             port = listening.getsockname()[1]
             job = Job(
                 "function",
@@ -430,6 +430,23 @@ class Agent:
                 return
         self._stores[pid] = generation
         self._post(node.StoreUp(generation, self._state.hello.address, port))
+
+    async def _listen_for_ranks(self, generation: int) -> socket.socket:
+        """On any free port, or on the one that was asked for once the store before has let it go."""
+        address, port = "127.0.0.1" if self._spec.topology.loopback else "", self._spec.topology.store_port
+        if port:
+            self._end_stores(generation - 1)
+            while self._stores:
+                self._store_ended.clear()
+                await self._store_ended.wait()
+        try:
+            return socket.create_server((address, port), backlog=4096)
+        except OSError as error:
+            cause = os.strerror(error.errno or 0)
+            raise Unavailable(
+                f"--master-port {port}: the ranks' store cannot listen there ({cause}); give another port, or leave it "
+                "out for any free one"
+            ) from None
 
     # ------------------------------------------------------------------------------------------------------- the end
 

@@ -71,7 +71,14 @@ def launch(
         str, typer.Option("--master-addr", "--master_addr", help="The endpoint's host, as older scripts give it.")
     ] = "",
     master_port: Annotated[
-        int, typer.Option("--master-port", "--master_port", help="The endpoint's port, as older scripts give it.")
+        int,
+        typer.Option(
+            "--master-port",
+            "--master_port",
+            help="One node: MASTER_PORT. Several: the endpoint's port, as older scripts give it.",
+            min=0,
+            max=65535,
+        ),
     ] = 0,
     local_addr: Annotated[
         str, typer.Option("--local-addr", "--local_addr", help="Address by which other nodes reach this one.")
@@ -202,7 +209,7 @@ def _topology(
     if standalone:
         low = high = 1
     if high == 1:
-        return Topology(1, 1, 0, count)
+        return Topology(1, 1, 0, count, store_port=master_port)
     if not endpoint and master_addr:
         endpoint = f"{master_addr}:{master_port or options.DEFAULT_PORT}"
     if not endpoint:

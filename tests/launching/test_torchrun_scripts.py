@@ -81,6 +81,19 @@ def test_rank_that_raises_once_restarts_the_group(cluster: Cluster) -> None:
     assert "sum 3 restart 1" in launcher.text
 
 
+def test_master_port_is_the_stores_in_every_generation(cluster: Cluster) -> None:
+    port = free_port()
+    source = ALLREDUCE.replace(
+        'init_process_group("gloo")',
+        f"""init_process_group(
+        "gloo", init_method="tcp://127.0.0.1:{port}", rank=int(os.environ["RANK"]), world_size=2
+    )""",
+    )
+    launcher = cluster.launch("--nproc-per-node", 2, "--master-port", port, cluster.script(source), "fail-once")
+    assert launcher.wait() == 0, launcher.text
+    assert "[rank0]: sum 3 restart 1" in launcher.text
+
+
 def test_same_error_twice_gives_up_with_the_traceback_above_the_summary(cluster: Cluster) -> None:
     launcher = cluster.launch("--nproc-per-node", 2, cluster.script(ALLREDUCE), "fail-always")
     assert launcher.wait() == 1

@@ -179,6 +179,17 @@ def test_port_that_something_else_has_ends_with_69(shared: Cluster) -> None:
         assert f"no coordinator answered for 3 s. {cause}" in launcher.text.splitlines()[-1]
 
 
+def test_master_port_that_something_else_has_ends_with_69(shared: Cluster) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        launcher = shared.launch("--nproc-per-node", 1, "--master-port", port, shared.path / "script.py")
+        ended(
+            launcher,
+            UNAVAILABLE,
+            f"--master-port {port}: the ranks' store cannot listen there (Address already in use)",
+        )
+
+
 def test_other_secret_ends_with_77(shared: Cluster) -> None:
     port = free_port()
     first = node(shared, 0, port, "script.py", wait="10m")
