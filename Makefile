@@ -3,8 +3,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# A file of tests stays in one process; more processes than that only make each other wait.
-PYTEST := $(BIN)/python -m pytest -q --durations=10 --numprocesses auto --maxprocesses 4 --dist loadfile
+# A file of tests stays in one process; tests/conftest.py says how many processes there are, and which file comes first.
+# What tests start is compiled once and not by each process, whatever the caller's environment says.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q --durations=10 \
+	--numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # Python sources are not in the list: the install is editable, only what is compiled or resolved needs it again.
 INSTALL_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/* csrc/cuda/*)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt

@@ -1,10 +1,13 @@
-"""What holds for the whole suite: no process that a test started may outlive it."""
+"""What holds for the whole suite: no process that a test started may outlive it, and the longest files come first."""
 
 from __future__ import annotations
 
+import gc
 import os
 import uuid
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -13,7 +16,49 @@ import pytest
 MARK_NAME = "FTRAIN_TEST_SESSION"
 MARK = uuid.uuid4().hex
 EXIT_SECONDS_MAX = 15.0  # for processes that are on their way out when the last test ends
+# Begun first, so that none of them is what all others wait for in the end.
+LONGEST = (
+    "native/test_native_sanitizers.py",
+    "chaos/",
+    "launch/",
+    "recovery/",
+    "launching/",
+    "examples/",
+    "tools/test_story.py",
+    "simulator/",
+    "crash/",
+    "checkpoint/test_bench_checkpoint.py",
+    "native/test_native_cuda_staging.py",
+    "worker/test_worker_data.py",
+    "checkpoint/test_save.py",
+    "native/test_native_cuda_faults.py",
+    "worker/",
+    "checkpoint/",
+)
 HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")  # Python's own, which end with pytest
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are processors: tests of real processes wait more than they compute."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, then those of the most tests. Within a file the order stays."""
+    sizes = Counter(item.path for item in items)
+    items.sort(key=lambda item: (_place(item.path), -sizes[item.path], item.path))
+
+
+def pytest_collection_finish() -> None:
+    """What is there before the first test stays to the end: no `gc.collect` of a test goes through it again."""
+    gc.collect()
+    gc.freeze()
+
+
+def _place(path: Path) -> int:
+    name = path.relative_to(Path(__file__).parent).as_posix()
+    return next((place for place, start in enumerate(LONGEST) if name.startswith(start)), len(LONGEST))
 
 
 def leftovers() -> list[psutil.Process]:

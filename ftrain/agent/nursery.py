@@ -205,10 +205,14 @@ def _ended_by_a_fork(threads: int) -> bool:
     pid = os.fork()
     if pid == 0:
         os._exit(0)
-    os.waitpid(pid, 0)
     deadline = time.monotonic() + THREADS_END_SECONDS
-    while proc.threads() > threads:
+    child_ended = False
+    while not child_ended or proc.threads() > threads:
+        child_ended = child_ended or os.waitpid(pid, os.WNOHANG)[0] == pid
         if time.monotonic() > deadline:
+            if not child_ended:  # a library that does not survive a fork at all
+                _kill(pid)
+                os.waitpid(pid, 0)
             return False
         time.sleep(0.001)
     return True

@@ -104,7 +104,8 @@ def test_last_state_that_no_try_could_commit_ends_with_74_and_says_what_is_lost(
         assert scene.log[-1] == f"b <- Arm 10.{scene.state.attempts}"
         scene.gave_up("packs/0: No space left on device")
     assert scene.log[-2:] == ["a <- Release", "b <- Release"]
-    assert scene.now - began == sum(schedule.FAILED_PAUSES_SECONDS[: rounds.LAST_TRIES - 1])  # none after the last try
+    paused = sum(schedule.FAILED_PAUSES_SECONDS[: rounds.LAST_TRIES - 1])  # between the tries, not after the last one
+    assert scene.now - began == paused + scene.state.policy.heartbeat_seconds
     for node in NODES:
         scene.died(node, signal=0, step=10, at_end=True, total_steps=10)
     assert scene.stored() == ["a <- Leave 74", "b <- Leave 74"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from collections.abc import Sequence
@@ -9,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ftrain.control.client import fetch_status
+from ftrain.control.secret import Secret
 from tests.launching.harness import Cluster, Launcher
 from tests.recovery import training
 
@@ -97,6 +100,11 @@ class Job:
     def done_at(self, checkpoint: Path) -> int:
         """The steps that were finished when the checkpoint was taken."""
         return int(checkpoint.parent.name.removeprefix("step-"))
+
+    def status(self) -> dict[str, Any]:
+        """What the coordinator of the running job says."""
+        port = json.loads((self.run_dir / "coordinator.json").read_text())["port"]
+        return asyncio.run(fetch_status(f"127.0.0.1:{port}", Secret.load(self.run_dir / "secret.pem")))
 
     def injuries(self) -> int:
         return len(list(self.out.glob("injury-*")))

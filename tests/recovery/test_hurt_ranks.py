@@ -19,12 +19,13 @@ IN_STEPS = [
     {"point": "step", "rank": 0, "step": 16, "how": "raise"},  # the same again, but commits were made in between
     {"point": "step", "rank": 1, "step": 19, "how": "SIGSEGV"},
 ]
+# Each in a generation of its own: a commit that is under way lets a step pass, and two would meet in the next snapshot.
 IN_CHECKPOINTS = [
-    {"point": "before the copy", "rank": 1, "step": 3, "how": "SIGKILL"},
-    {"point": "in the copy", "rank": 0, "step": 6, "how": "SIGKILL"},
-    {"point": "after the copy", "rank": 1, "step": 9, "how": "SIGKILL"},
-    {"point": "before the seal", "rank": 0, "step": 12, "how": "SIGKILL"},
-    {"point": "after all seals", "rank": 1, "step": 15, "how": "SIGKILL"},
+    {"generation": 1, "point": "before the copy", "rank": 1, "step": 3, "how": "SIGKILL"},
+    {"generation": 2, "point": "in the copy", "rank": 0, "step": 6, "how": "SIGKILL"},
+    {"generation": 3, "point": "after the copy", "rank": 1, "step": 9, "how": "SIGKILL"},
+    {"generation": 4, "point": "before the seal", "rank": 0, "step": 12, "how": "SIGKILL"},
+    {"generation": 5, "point": "after all seals", "rank": 1, "step": 15, "how": "SIGKILL"},
 ]
 
 

@@ -6,14 +6,16 @@ import contextlib
 import ctypes
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from ftrain.errors import ExitCode
-from tests.launching.harness import PATIENCE_SECONDS, Cluster, wait_for
-from tests.recovery.account import STEPS, Job, launch
+from tests.launching.harness import Cluster, wait_for
+from tests.recovery import hasty_launcher
+from tests.recovery.account import STEPS, Job, arguments, launch
 
 DISK_BYTES = 4 << 20
 
@@ -83,12 +85,14 @@ def test_full_disk_costs_commits_but_no_step_until_there_is_room_again(cluster: 
 
 def test_last_state_that_cannot_be_committed_ends_with_74_and_the_same_command_makes_it_good(cluster: Cluster) -> None:
     job = Job(cluster.path / "job")
-    launcher = launch(cluster, job, every=5, more=("--pause", 0.1))
+    flags = ("--nproc-per-node", 2, "--checkpoint-every", 5)
+    command = [sys.executable, hasty_launcher.__file__, "launch", *flags, *arguments(job, "ddp", STEPS, "--pause", 0.1)]
+    launcher = cluster.start([*map(str, command)])
     launcher.says("checkpoint of step 10 committed")
     checkpoints, aside = job.run_dir / "checkpoints", job.run_dir / "aside"
     checkpoints.rename(aside)
     checkpoints.touch()  # whatever is to be written below it cannot be
-    assert launcher.wait(4 * PATIENCE_SECONDS) == ExitCode.STORAGE, launcher.text  # its tries have pauses between them
+    assert launcher.wait() == ExitCode.STORAGE, launcher.text
     assert job.done() == STEPS  # the training itself was well
     assert len(job.end()) == 2
     stands = job.commits()[-1]

@@ -59,7 +59,8 @@ def test_stopped_run_goes_on_without_a_step_lost_or_done_twice(
 def test_sigterm_to_a_run_whose_first_step_does_not_end_in_time_leaves_with_75(cluster: Cluster) -> None:
     job = Job(cluster.path / "job")
     launcher = launch(cluster, job, flags=("--grace", "3s"), more=("--pause", 600))
-    wait_for(lambda: "from the beginning" in launcher.text and (job.out / "steps-g0001-r0.jsonl").exists(), "the loop")
+    launcher.says("from the beginning")
+    wait_for(lambda: job.status()["attempt"], "the loop: only then is something to be saved")
     launcher.process.send_signal(signal.SIGTERM)
     launcher.says("out of time: leaving without a commit of the last step")
     assert launcher.wait() == ExitCode.PREEMPTED, launcher.text

@@ -7,7 +7,7 @@ holds (`end-rR.json`).
 
 FTRAIN_TEST_INJURIES, a list of {point, rank, step, how}, is what to do to itself, each once: `point` says where in that
 step, or where in the first snapshot that is taken at that step or later; `how` is a signal's name, "raise", "exit"
-or one of `DELAYS`, of which not all end.
+or one of `DELAYS`, of which not all end. With a `generation`, not before that one.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 import gc
 import hashlib
 import json
+import math
 import os
 import random
 import signal
@@ -30,7 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
@@ -62,7 +63,8 @@ class Injuries:
 
     def at(self, point: str, step: int) -> None:
         for number, injury in self._mine:
-            if injury["point"] == point and step >= injury["step"] and (point not in EXACT or step == injury["step"]):
+            is_due = injury.get("generation", 0) <= self._run.generation and step >= injury["step"]
+            if injury["point"] == point and is_due and (point not in EXACT or step == injury["step"]):
                 try:
                     (self._out / f"injury-{number}").touch(exist_ok=False)
                 except FileExistsError:
@@ -169,6 +171,14 @@ def rest(run: ftrain.Run) -> None:
         time.sleep(25.0)
 
 
+def wait_for_leave(run: ftrain.Run) -> None:
+    """Until the test makes the file `leave` beside the run directory."""
+    assert run.run_dir is not None
+    with run.allow(600.0):
+        while not (run.run_dir.parent / "leave").exists():
+            time.sleep(0.01)
+
+
 DELAYS: dict[str, Callable[[ftrain.Run], None]] = {
     "deadlock": take_a_lock_twice,
     "wait for each other": wait_for_each_other,
@@ -177,6 +187,7 @@ DELAYS: dict[str, Callable[[ftrain.Run], None]] = {
     "load slowly": load_slowly,
     "collect garbage": collect_garbage,
     "rest": rest,
+    "wait for leave": wait_for_leave,
 }
 
 
@@ -203,11 +214,33 @@ class Network(nn.Module):
 
 
 def digest(tensors: Iterable[torch.Tensor]) -> str:
+    """Of the whole tensors: the same on all ranks, however many they are."""
     found = hashlib.sha256()
-    for tensor in tensors:
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        found.update(whole.detach().contiguous().numpy().tobytes())
+    for tensor in whole(list(tensors)):
+        found.update(tensor.detach().contiguous().numpy().tobytes())
     return found.hexdigest()
+
+
+def whole(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors, those that FSDP has spread over the ranks put together by one collective for all of them."""
+    sharded = [tensor for tensor in tensors if isinstance(tensor, DTensor)]
+    if not sharded:
+        return tensors
+    assert all(tensor.placements == (Shard(0),) for tensor in sharded)
+    ranks = dist.get_world_size()
+    sizes = [[_shard_size(tensor.shape, rank, ranks) for tensor in sharded] for rank in range(ranks)]
+    mine = torch.cat([tensor.to_local().detach().flatten() for tensor in sharded])
+    longest = sum(sizes[0])
+    gathered = [torch.empty(longest) for _ in range(ranks)]
+    dist.all_gather(gathered, nn.functional.pad(mine, (0, longest - len(mine))))
+    shards = [row[: sum(own)].split(own) for row, own in zip(gathered, sizes, strict=True)]
+    made = {id(tensor): torch.cat(parts).view(tensor.shape) for tensor, *parts in zip(sharded, *shards, strict=True)}
+    return [made.get(id(tensor), tensor) for tensor in tensors]
+
+
+def _shard_size(shape: torch.Size, rank: int, ranks: int) -> int:
+    rows = -(-shape[0] // ranks)
+    return max(0, min(rows, shape[0] - rank * rows)) * math.prod(shape[1:])
 
 
 def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
