@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -17,6 +18,7 @@ from ftrain.agent import nursery, proc
 from ftrain.agent.child import Job
 from ftrain.errors import FtrainError
 
+log = logging.getLogger("ftrain")
 _REPLY = msgspec.json.Decoder(nursery.Ready | nursery.Forked | nursery.Ended)
 SEND_BUFFER_BYTES = 4 << 20
 
@@ -122,6 +124,8 @@ class Nursery:
             return
         match _REPLY.decode(packet):
             case nursery.Ready() as ready:
+                for name, why in ready.left_out.items():
+                    log.info("%s is not imported in advance, but by each worker (%s)", name, why)
                 self._ready.set_result(ready)
             case nursery.Forked(number, pid, error):
                 future = self._waiting.pop(number)

@@ -31,12 +31,14 @@ async def test_numpy_whose_threads_end_before_a_fork_is_imported(tmp_path: Path)
 
 
 @pytest.mark.parametrize("others", [("numpy",), ()])
-async def test_module_that_starts_a_thread_of_its_own_is_left_out_alone(
-    tmp_path: Path, others: tuple[str, ...]
+async def test_module_that_starts_a_thread_of_its_own_is_left_out_alone_and_named(
+    tmp_path: Path, others: tuple[str, ...], caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "ftrain")
     (tmp_path / "threaded.py").write_text(STARTS_A_THREAD)
     found = await ready(tmp_path, (*others, "threaded", "json"), PYTHONPATH=str(tmp_path), OPENBLAS_NUM_THREADS="4")
     assert found.left_out == {"threaded": "its import starts threads"}
+    assert "threaded is not imported in advance, but by each worker (its import starts threads)" in caplog.text
 
 
 async def test_module_that_fails_to_import_is_left_out_with_its_error(tmp_path: Path) -> None:
