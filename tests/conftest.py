@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import uuid
 from collections import Counter
 from collections.abc import Iterator
@@ -36,6 +37,12 @@ LONGEST = (
     "checkpoint/",
 )
 HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")  # Python's own, which end with pytest
+
+
+def pytest_configure() -> None:
+    # A shell has what it starts in the background ignore Ctrl-C, and whatever tests start would inherit that.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(optionalhook=True)
