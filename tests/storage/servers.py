@@ -8,6 +8,7 @@ import hmac
 import importlib.util
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -18,7 +19,7 @@ import time
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -30,6 +31,9 @@ from ftrain.storage.uploads import S3Uploads
 
 BUCKET = "bucket"
 START_SECONDS_MAX = 60
+PORTS = (10_000, 30_000)  # below those that Linux gives to connections
+_dice = random.SystemRandom()  # not what tests seed: several processes of them run at once
+WEED_PORTS = tuple(f"{name}.port{kind}" for name in ("master", "volume", "filer", "s3") for kind in ("", ".grpc"))
 
 
 AZURE_ACCOUNT = "devstoreaccount1"  # with this key it is in every Azurite, as its documentation says
@@ -135,14 +139,13 @@ def seaweedfs() -> Iterator[S3Server]:
             "actions": ["Admin", "Read", "Write", "List", "Tagging"],
         }
         config.write_text(json.dumps({"identities": [identity]}))
-        ports = {name: free_port() for name in ("master", "volume", "filer", "s3")}
+        ports = dict(zip(WEED_PORTS, free_ports(len(WEED_PORTS)), strict=True))
         command = [str(program), "server", f"-dir={directory}", "-s3", f"-s3.config={config}", "-ip=127.0.0.1"]
         command += ["-ip.bind=127.0.0.1", "-volume.max=4", "-master.volumeSizeLimitMB=256"]
         command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
-        for name, port in ports.items():
-            command += [f"-{name}.port={port}", f"-{name}.port.grpc={free_port()}"]
+        command += [f"-{name}={port}" for name, port in ports.items()]
         with _process(command) as process:
-            server = S3Server(f"http://127.0.0.1:{ports['s3']}")
+            server = S3Server(f"http://127.0.0.1:{ports['s3.port']}")
             _make_bucket(process, server)
             yield server
 
@@ -188,9 +191,20 @@ def gcs_account() -> Iterator[str]:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return free_ports(1)[0]
+
+
+def free_ports(count: int) -> list[int]:
+    """So many different ones, none that the system gives to a connection before a slow server comes to listen there."""
+    found: list[int] = []
+    with ExitStack() as stack:
+        while len(found) < count:
+            port = _dice.randrange(*PORTS)
+            probe = stack.enter_context(socket.socket())
+            with suppress(OSError):  # taken
+                probe.bind(("127.0.0.1", port))
+                found.append(port)
+    return found
 
 
 @contextmanager
