@@ -42,8 +42,16 @@ def test_best_commits_by_a_logged_metric_stay_over_a_restart(cluster: Cluster) -
     logged = {body["attempt"]["step"]: body["metrics"]["loss"] for body in job.journal("commit")}
     assert all(one["step"] == step - 1 for step, one in logged.items())
     values = {step: one["value"] for step, one in logged.items()}
-    kept = {min(values, key=values.__getitem__), max(values, key=values.__getitem__), max(values)}
-    assert {job.done_at(path) for path in job.checkpoints()} == kept
+    newest = max(values)
+    kept = best_and_newest(values)
+    before = best_and_newest({step: value for step, value in values.items() if step != newest})
+    # What the very last commit made needless may be left for the next start to remove.
+    assert kept <= {job.done_at(path) for path in job.checkpoints()} <= kept | before
+
+
+def best_and_newest(losses: dict[int, float]) -> set[int]:
+    """The steps of the smallest loss, of the largest, and the newest."""
+    return {min(losses, key=losses.__getitem__), max(losses, key=losses.__getitem__), max(losses)}
 
 
 @pytest.fixture
