@@ -170,14 +170,13 @@ class Job(ABC):
         settled = min(newest) + SETTLE_STEPS
         aim = settled + (phase - settled - 1) % self.args.checkpoint_every
         self.wait(lambda: any(line.step >= aim for line in self.lines(0)), f"step {aim}")
-        began = [line.at for line in self.lines(0)][-SETTLE_STEPS:]
-        time.sleep(into * statistics.median(b - a for a, b in itertools.pairwise(began)))
+        step_seconds = self._step_seconds()
+        time.sleep(into * step_seconds)
         victim = self.lines(self.world_size - 1)[-1].pid
         killed_at = time.time()
         self._hurt(victim)
         lines = [line for rank in every for line in self.lines(rank)]
         furthest = max(line.step for line in lines if line.at <= killed_at)
-        undisturbed = [line.at for line in self.lines(0) if line.at <= killed_at][-SETTLE_STEPS:]
 
         def first_beyond(step: int) -> list[list[Finished]]:
             """For each rank, what it finished with a number above `step`, once all were there again."""
@@ -190,9 +189,14 @@ class Job(ABC):
             first_step_seconds=max(done[0].at for done in again) - killed_at,
             new_step_seconds=max(done[0].at for done in first_beyond(furthest)) - killed_at,
             redone_steps=max(0, furthest + 1 - again[-1][0].step),
-            step_seconds=statistics.median(b - a for a, b in itertools.pairwise(undisturbed)),
+            step_seconds=step_seconds,
             stages=self.stages(killed_at),
         )
+
+    def _step_seconds(self) -> float:
+        """The median of the newest steps of rank 0."""
+        ends = [line.at for line in self.lines(0)][-SETTLE_STEPS:]
+        return statistics.median(b - a for a, b in itertools.pairwise(ends))
 
     def _hurt(self, victim: int) -> None:
         self.is_hurt = True

@@ -442,6 +442,8 @@ class Agent:
         try:
             return socket.create_server((address, port), backlog=4096)
         except OSError as error:
+            if not port:
+                raise
             cause = os.strerror(error.errno or 0)
             raise Unavailable(
                 f"--master-port {port}: the ranks' store cannot listen there ({cause}); give another port, or leave it "

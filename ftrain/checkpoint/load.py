@@ -19,6 +19,7 @@ from ftrain.checkpoint.restore import Checkpoint
 from ftrain.checkpoint.selection import Selection
 from ftrain.checkpoint.source import TensorSource
 from ftrain.checkpoint.terms import SAME, Rename, Terms, can_cast
+from ftrain.checkpoint.tools.opening import open_commit
 from ftrain.checkpoint.tracked import REST, Tracked
 from ftrain.core.manifest import MANIFEST_PATH
 from ftrain.errors import CheckpointNotFound, MismatchedState
@@ -103,8 +104,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             return Checkpoint.open(open_storage(commit.origin.url), commit.origin.path, commit.manifest_sha256)
         return Checkpoint.open(run, commit.attempt.path, commit.manifest_sha256)
     if "@" in str(path) and not history.run:
-        chosen = find(str(path))
-        return Checkpoint.open(chosen.storage, chosen.path, chosen.manifest_sha256)
+        return open_commit(find(str(path)))
     kind = "a run without a commit" if history.run else "neither a checkpoint nor a run"
     raise CheckpointNotFound(f"{run.url} is {kind}: there is nothing to load")
 

@@ -1,4 +1,4 @@
-"""Bytes and tensors between ranks, over process groups: never pickled, always as bytes."""
+"""Bytes and tensors between ranks, over the default process group: never pickled, always as bytes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed import ProcessGroup
 
 from ftrain import _native
 
@@ -32,11 +31,11 @@ P = TypeVar("P", bound=Parcel)
 class Wire:
     """A way to one peer, which has another one to us: what one sends the other receives, in the same order.
 
-    `peer` is its rank in the group, by default the default one. Both ends raise what the group raises.
+    `peer` is its rank in the default group. Both ends raise what the group raises.
     """
 
-    def __init__(self, peer: int, group: ProcessGroup | None = None) -> None:
-        self._group = group if group is not None else dist.distributed_c10d._get_default_group()
+    def __init__(self, peer: int) -> None:
+        self._group = dist.distributed_c10d._get_default_group()
         self.peer = peer
 
     def send(self, data: torch.Tensor) -> None:

@@ -28,10 +28,15 @@ def read_history(storage: Storage) -> tuple[History, bytes]:
 def durable_history(storage: Storage) -> History:
     """The journal from its beginning, made durable. Raises `CorruptCheckpoint` naming the first bad record."""
     found, newest = read_history(storage)
-    if newest and not storage.confirm(journal.path_of(found.head.sequence), newest):
-        # Its writer may have died before it was durable, and we are about to act upon it.
-        raise StorageError(f"{storage.url}: the newest journal record cannot be made durable; mend the storage first")
+    if newest:
+        make_durable(storage, found, newest)
     return found
+
+
+def make_durable(storage: Storage, history: History, newest: bytes) -> None:
+    """The newest record's writer may have died before it was durable, and it is about to be acted upon."""
+    if not storage.confirm(journal.path_of(history.head.sequence), newest):
+        raise StorageError(f"{storage.url}: the newest journal record cannot be made durable; mend the storage first")
 
 
 def _records(storage: Storage) -> Iterator[bytes]:

@@ -7,13 +7,11 @@ multipart uploads, DELETE Object).
 
 from __future__ import annotations
 
-import http.client
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
+from tests.storage.relay import Relay, endpoint_of, relayed
 from tests.storage.servers import GcsServer, S3Server, gcs_account
 
 SIGNED = "AWS4-HMAC-SHA256 Credential=key/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0"
@@ -24,42 +22,25 @@ OWN = ("connection", "content-length", "transfer-encoding")
 @contextmanager
 def gcs_front(upstream: S3Server) -> Iterator[GcsServer]:
     """Before a server that does not prove signatures."""
-    with gcs_account() as account, ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as server:
-        server.daemon_threads = True
-        server.block_on_close = False
-        server.upstream = urlsplit(upstream.endpoint).netloc  # type: ignore[attr-defined]
-        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-        thread.start()
-        try:
-            yield GcsServer(f"http://127.0.0.1:{server.server_address[1]}", account)
-        finally:
-            server.shutdown()
-            thread.join()
+    with gcs_account() as account, relayed(upstream, _Handler) as server:
+        yield GcsServer(endpoint_of(server), account)
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
+class _Handler(Relay):
     def handle_any(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", "0")))
         parts = urlsplit(self.path)
         path = parts.path.replace("%2F", "/") + (f"?{parts.query}" if parts.query else "")
-        if self.command == "DELETE" and not parts.query and self._ask("HEAD", path, b"")[0] == 404:
+        if self.command == "DELETE" and not parts.query and self.ask("HEAD", path, b"", self._as_s3())[0] == 404:
             return self._answer(404, {}, b"<Error><Code>NoSuchKey</Code></Error>")  # S3 says that all is well
-        return self._answer(*self._ask(self.command, path, body))
+        return self._answer(*self.ask(self.command, path, body, self._as_s3()))
 
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_any  # noqa: N815 - the library's names
 
-    def _ask(self, method: str, path: str, body: bytes) -> tuple[int, dict[str, str], bytes]:
-        connection = http.client.HTTPConnection(self.server.upstream, timeout=60)  # type: ignore[attr-defined]
-        try:
-            connection.request(method, path, body, dict(self._as_s3()))
-            reply = connection.getresponse()
-            return reply.status, dict(reply.getheaders()), reply.read()
-        finally:
-            connection.close()
+    def _as_s3(self) -> dict[str, str]:
+        return dict(self._translated())
 
-    def _as_s3(self) -> Iterator[tuple[str, str]]:
+    def _translated(self) -> Iterator[tuple[str, str]]:
         yield "authorization", SIGNED
         for name, value in self.headers.items():
             if name.lower() == "x-goog-if-generation-match":
@@ -81,6 +62,3 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass

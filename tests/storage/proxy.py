@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import http.client
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qsl, urlsplit
 
+from tests.storage.relay import Relay, endpoint_of, relayed
 from tests.storage.servers import Server
 
 PASS = "pass"
@@ -95,23 +94,12 @@ class Proxy:
 
 @contextmanager
 def proxy_of(upstream: Server) -> Iterator[Proxy]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as server:
-        server.daemon_threads = True
-        server.block_on_close = False
-        proxy = Proxy(replace(upstream, endpoint=f"http://127.0.0.1:{server.server_address[1]}"))
-        server.proxy, server.upstream = proxy, urlsplit(upstream.endpoint).netloc  # type: ignore[attr-defined]
-        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-        thread.start()
-        try:
-            yield proxy
-        finally:
-            server.shutdown()
-            thread.join()
+    with relayed(upstream, _Handler) as server:
+        server.proxy = Proxy(replace(upstream, endpoint=endpoint_of(server)))  # type: ignore[attr-defined]
+        yield server.proxy  # type: ignore[attr-defined]
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
+class _Handler(Relay):
     def handle_any(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", "0")))
         parts = urlsplit(self.path)
@@ -128,21 +116,12 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {name: value for name, value in self.headers.items() if name.lower() != "connection"}
         if action == STRIP_CONDITION:
             headers = {name: value for name, value in headers.items() if name.lower() not in CONDITIONS}
-        status, found, data = self._ask(body, headers)
+        status, found, data = self.ask(self.command, self.path, body, headers)
         if action == LOSE_REPLY:
             return self._hang_up()
         return self._answer(status, found, data, cut=action == CUT_REPLY)
 
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_any  # noqa: N815 - the library's names
-
-    def _ask(self, body: bytes, headers: dict[str, str]) -> tuple[int, dict[str, str], bytes]:
-        connection = http.client.HTTPConnection(self.server.upstream, timeout=60)  # type: ignore[attr-defined]
-        try:
-            connection.request(self.command, self.path, body, headers)
-            reply = connection.getresponse()
-            return reply.status, dict(reply.getheaders()), reply.read()
-        finally:
-            connection.close()
 
     def _answer(self, status: int, headers: dict[str, str], data: bytes, cut: bool = False) -> None:
         self.send_response_only(status)
@@ -161,6 +140,3 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
         self.close_connection = True
         self.connection.shutdown(socket.SHUT_RDWR)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass

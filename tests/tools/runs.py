@@ -13,9 +13,10 @@ import torch
 from typer.testing import CliRunner
 
 import ftrain
+from ftrain.checkpoint.catalogue import catalogue
 from ftrain.checkpoint.tools.fork import append
 from ftrain.cli.app import app
-from ftrain.core.journal import CommitBody, Head, RunBody
+from ftrain.core.journal import CommitBody, Head, RetireBody, RunBody
 from ftrain.core.messages import Attempt, Logged
 from ftrain.errors import FtrainError
 from ftrain.storage import open_storage
@@ -57,6 +58,12 @@ def make_run_at(url: str, states: Mapping[int, Mapping[str, Any]]) -> None:
         digest = hashlib.sha256(storage.read(f"{attempt.path}/manifest.json")).hexdigest()
         metrics = {"loss": Logged(step - 1, 1 / step), "lr": Logged(step - 1, "nan")}
         head = append(storage, head, [CommitBody(attempt, 1, digest, 100, metrics=metrics)])
+
+
+def retire(run: Path, step: int) -> None:
+    """As a run lets go of the commit of this step."""
+    _, history = catalogue(str(run)).run
+    append(open_storage(str(run)), history.head, [RetireBody(Attempt(1, step, 1))])
 
 
 def log_metrics(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -22,7 +22,7 @@ from ftrain.core.journal import FinishBody, GenerationBody, Head, RetireBody
 from ftrain.core.messages import Attempt
 from ftrain.errors import AlreadyExists, CheckpointNotFound, Fenced, UsageError
 from ftrain.storage import PosixStorage
-from tests.tools.runs import ckpt, make_run, model
+from tests.tools.runs import ckpt, make_run, model, retire
 
 STEPS = (5, 10, 15, 20)
 
@@ -34,11 +34,6 @@ def run(tmp_path: Path) -> Path:
 
 def steps_of(run: Path) -> list[int]:
     return [commit.step for commit in catalogue(str(run)).commits]
-
-
-def retire(run: Path, step: int) -> None:
-    _, history = catalogue(str(run)).run
-    append(PosixStorage(run), history.head, [RetireBody(Attempt(1, step, 1))])
 
 
 def test_a_fork_holds_nothing_but_a_journal_that_names_the_commit(run: Path, tmp_path: Path) -> None:

@@ -10,22 +10,14 @@ import torch
 import ftrain
 from ftrain.checkpoint.catalogue import catalogue, find
 from ftrain.checkpoint.pins import pins
-from ftrain.checkpoint.tools.fork import append
-from ftrain.core.journal import RetireBody
-from ftrain.core.messages import Attempt
 from ftrain.errors import CheckpointNotFound
 from ftrain.storage import PosixStorage
-from tests.tools.runs import ckpt, make_run, model
+from tests.tools.runs import ckpt, make_run, model, retire
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     return make_run(tmp_path / "run", {step: {"model": model(step)} for step in (5, 10, 15)})
-
-
-def retire(run: Path, step: int) -> None:
-    _, history = catalogue(str(run)).run
-    append(PosixStorage(run), history.head, [RetireBody(Attempt(1, step, 1))])
 
 
 def test_pinned_commit_outlives_retention_until_it_is_unpinned(run: Path) -> None:

@@ -6,12 +6,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from ftrain.checkpoint.catalogue import Catalogue, Commit, problem_of
-from ftrain.checkpoint.retain import CHECKPOINTS, pinned_paths, remove
+from ftrain.checkpoint.retain import CHECKPOINTS, pinned_paths
 from ftrain.checkpoint.tools.fork import append
+from ftrain.core import journal
 from ftrain.core.journal import RetireBody
 from ftrain.core.retention import RetentionPolicy, to_retire
 from ftrain.errors import UsageError
-from ftrain.storage.history import durable_history, read_history
+from ftrain.storage.history import make_durable, read_history
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +55,10 @@ def prune(found: Catalogue, doomed: Sequence[Commit]) -> list[str]:
     the paths of what was removed. Raises `UsageError` where this is no run, `Fenced`, and `StorageError`.
     """
     storage, history = found.run
-    durable_history(storage)  # the newest record is about to be acted upon
+    make_durable(storage, history, storage.read(journal.path_of(history.head.sequence)))
     append(storage, history.head, [RetireBody(commit.attempt) for commit in doomed])
     now, _ = read_history(storage)
-    pinned = pinned_paths(storage)
-    kept = pinned | {attempt.path for attempt in now.needed}
+    kept = pinned_paths(storage) | {attempt.path for attempt in now.needed}
     retired = {former.commit.attempt.path for former in history.retired} | {commit.attempt.path for commit in doomed}
     there = {
         f"{CHECKPOINTS}/{step}/{name}"
@@ -67,5 +67,5 @@ def prune(found: Catalogue, doomed: Sequence[Commit]) -> list[str]:
     }
     removed = sorted((retired & there) - kept)
     for path in removed:
-        remove(storage, path, pinned)
+        storage.remove_tree(path)
     return removed

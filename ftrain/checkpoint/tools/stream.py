@@ -61,9 +61,7 @@ def _read(sources: Sequence[TensorSource], keys: Sequence[str]) -> Iterator[list
     """Each tensor's pieces, of all sources side by side."""
     for batch in _batches(_empty(sources, keys)):
         for number, source in enumerate(sources):
-            wanted = [side[number] for side in batch]
-            source.read([Wanted(piece.key, piece.box, piece.tensor) for piece in wanted])
-            del wanted
+            source.read([Wanted(piece.key, piece.box, piece.tensor) for piece in (side[number] for side in batch)])
         yield from batch
         del batch  # before the next one takes as much memory
 
