@@ -111,7 +111,10 @@ class CoordinatorHost:
             self._post(run_state.Disconnected(peer.hello.node))
 
     def status(self) -> Any:
-        return status(self._state, self._story) if self._state is not None else {"phase": "reading the journal"}
+        if self._state is not None:
+            return status(self._state, self._story)
+        nothing_yet = coordinator.initial(self.policy, journal.History(), self._writer)
+        return {**status(nothing_yet, self._story), "phase": "reading the journal"}
 
     def metrics(self) -> str:
         return metrics_text(self._state, self._story) if self._state is not None else ""
