@@ -205,14 +205,17 @@ class Pack:
         depth: int = 8,
         nice: int = 0,
         bytes_per_second_max: int = 0,
+        processors_max: float = 0.0,
         backend: str = "any",
         on_idle: Callable[[], object] | None = None,
     ) -> tuple[list[int], list[int]]:
         """Writes all of it from offset 0, and returns the crc32c of each box and of each chunk. Does not sync.
 
-        Each thread has `depth` transfers in flight, and as many buffers of a chunk where it needs them. Signal handlers
-        and `on_idle` run now and then; what they raise ends the work and comes out of here, and nothing is written any
-        more by then.
+        Each thread has `depth` transfers in flight, and as many buffers of a chunk where it needs them. While others
+        wait for the processors, each takes so much of one (0: no bound); where the kernel does not tell, all.
+
+        Signal handlers and `on_idle` run now and then; what they raise ends the work and comes out of here, and nothing
+        is written any more by then.
         """
 
 def fetch(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import time
 from array import array
@@ -16,12 +15,13 @@ from ftrain.checkpoint.arena import Arena, Image
 from ftrain.checkpoint.job import Job, Jobs, State
 from ftrain.checkpoint.pack_plan import CleanSlots, PackPlan
 from ftrain.checkpoint.peers import Peers, peers, together
-from ftrain.checkpoint.persist import BESIDE_TRAINING
+from ftrain.checkpoint.persist import beside_training
 from ftrain.checkpoint.stage import StagePlan, Stager, Staging
 from ftrain.checkpoint.target import Target
 from ftrain.core.layout import TensorSpec
 from ftrain.errors import MismatchedState, UsageError
 from ftrain.storage.base import Effort
+from ftrain.storage.neighbours import Neighbours
 
 SLOTS = 2  # of the arena: one being written, one being filled
 
@@ -40,7 +40,7 @@ def async_save(
     began = time.perf_counter()
     if bytes_per_second_max < 0:
         raise UsageError(f"bytes_per_second_max={bytes_per_second_max}: give a number of bytes, or 0 for no bound")
-    effort = dataclasses.replace(BESIDE_TRAINING, bytes_per_second_max=bytes_per_second_max)
+    effort = beside_training(Neighbours.of_environment().ranks, bytes_per_second_max)
     group, engine = peers(), _engine()
     try:
         target, job = Target(path, step, keep), engine.jobs.job(state)

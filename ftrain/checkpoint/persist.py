@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from array import array
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,7 +21,14 @@ from ftrain.storage.base import Effort, Storage
 from ftrain.storage.pack import Pack
 from ftrain.storage.zarr_view import pack_metadata, shard_index
 
-BESIDE_TRAINING = Effort(threads=1, nice=10)
+NICE_BESIDE_TRAINING = 10
+PROCESSORS_SHARE_MAX = 1 / 40  # of the node's, what persisting takes of them while training wants them all
+
+
+def beside_training(ranks: int, bytes_per_second_max: int = 0) -> Effort:
+    """How hard to work on the pack of one of `ranks`, written on this node at a time while they train."""
+    processors = len(os.sched_getaffinity(0)) * PROCESSORS_SHARE_MAX / ranks
+    return Effort(1, NICE_BESIDE_TRAINING, bytes_per_second_max, processors)
 
 
 def persist_slot(
@@ -30,16 +38,17 @@ def persist_slot(
     arena: Arena,
     slot: int,
     should_stop: Callable[[], bool],
-    effort: Effort = BESIDE_TRAINING,
+    effort: Effort | None = None,
     memory: Memory | None = None,
     base: Attempt | None = None,
 ) -> PackRecord:
     """Write the pack that `slot` holds, and its index, durably: once this returned, the rank is prepared.
 
-    With `memory`, boxes that the commit `base` has with the same bytes are referred to, and not written again.
-    The slot must stay sealed meanwhile. Raises `CorruptCheckpoint` where it holds something else, and
-    `StorageError` where storage fails, or soon after `should_stop` answered True. What was written until then is
-    garbage that `retain` removes.
+    With `memory`, boxes that the commit `base` has with the same bytes are referred to, and not written again. The
+    `effort` is by default that of one rank `beside_training`. The slot must stay sealed meanwhile.
+
+    Raises `CorruptCheckpoint` where it holds something else, and `StorageError` where storage fails, or soon after
+    `should_stop` answered True. What was written until then is garbage that `retain` removes.
     """
     arena.attach()
     where = f"the snapshot of rank {rank} in slot {slot} of its arena"
@@ -62,7 +71,7 @@ def persist_slot(
     def finish(boxes: list[int], chunks: list[int]) -> bytes:
         return encode_index(_summed(index, boxes, chunks))
 
-    record = _write(storage, attempt.path, index, pack, finish, effort, should_stop)
+    record = _write(storage, attempt.path, index, pack, finish, effort or beside_training(1), should_stop)
     if memory is None:
         return record
     there = written(found, sealed.boxes, addresses, known, attempt, record.index_sha256, should_stop)

@@ -1,0 +1,78 @@
+#include "courtesy.hpp"
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <charconv>
+#include <system_error>
+#include <thread>
+
+namespace ftrain {
+
+namespace {
+
+constexpr auto LOOK_EVERY = std::chrono::milliseconds(20);
+constexpr auto SURE_AFTER = std::chrono::milliseconds(10);  // of running unhindered
+constexpr int HINDERED = 4;  // who waited for a quarter of what it ran shares its processor
+
+}  // namespace
+
+Courtesy::Courtesy(double processors_max) : processors_max_(processors_max), since_(Clock::now()) {
+    if (processors_max_ > 0) {
+        fd_ = open("/proc/thread-self/schedstat", O_RDONLY | O_CLOEXEC);
+        last_ = schedule().value_or(Schedule{});
+    }
+}
+
+Courtesy::~Courtesy() {
+    if (fd_ >= 0) {
+        close(fd_);
+    }
+}
+
+std::optional<Courtesy::Schedule> Courtesy::schedule() const {
+    std::array<char, 96> text{};
+    const ssize_t length = fd_ < 0 ? -1 : pread(fd_, text.data(), text.size(), 0);
+    if (length <= 0) {
+        return std::nullopt;
+    }
+    std::array<std::int64_t, 2> found{};  // "ran waited slices"
+    const char* at = text.data();
+    const char* const end = at + length;
+    for (std::int64_t& value : found) {
+        const auto [after, problem] = std::from_chars(at, end, value);
+        if (problem != std::errc()) {
+            return std::nullopt;
+        }
+        at = std::min(end, after + 1);
+    }
+    return Schedule{Nanoseconds(found[0]), Nanoseconds(found[1])};
+}
+
+void Courtesy::pause(const std::atomic<bool>& stop) {
+    const auto now = schedule();
+    if (!now.has_value()) {
+        return;
+    }
+    const Nanoseconds ran = now->ran - last_.ran;
+    if (now->waited - last_.waited > ran / HINDERED) {
+        others_wait_ = true;
+        unhindered_ = Nanoseconds(0);
+    } else {
+        unhindered_ += ran;
+        others_wait_ = others_wait_ && unhindered_ < SURE_AFTER;
+    }
+    if (others_wait_) {
+        const auto due = std::chrono::duration_cast<Clock::duration>(ran / processors_max_);
+        for (auto left = due - (Clock::now() - since_); left > Clock::duration(0) && !stop;
+             left = due - (Clock::now() - since_)) {
+            std::this_thread::sleep_for(std::min<Clock::duration>(left, LOOK_EVERY));
+        }
+    }
+    last_ = *now;
+    since_ = Clock::now();
+}
+
+}  // namespace ftrain
