@@ -14,8 +14,7 @@ namespace ftrain {
 namespace {
 
 constexpr auto LOOK_EVERY = std::chrono::milliseconds(20);
-constexpr auto SURE_AFTER = std::chrono::milliseconds(10);  // of running unhindered
-constexpr int HINDERED = 4;  // who waited for a quarter of what it ran shares its processor
+constexpr auto WINDOW = std::chrono::milliseconds(2);  // of running: shorter ones tell more of chance than of others
 
 }  // namespace
 
@@ -57,14 +56,10 @@ void Courtesy::pause(const std::atomic<bool>& stop) {
         return;
     }
     const Nanoseconds ran = now->ran - last_.ran;
-    if (now->waited - last_.waited > ran / HINDERED) {
-        others_wait_ = true;
-        unhindered_ = Nanoseconds(0);
-    } else {
-        unhindered_ += ran;
-        others_wait_ = others_wait_ && unhindered_ < SURE_AFTER;
+    if (ran < WINDOW) {
+        return;
     }
-    if (others_wait_) {
+    if (now->waited - last_.waited > ran) {
         const auto due = std::chrono::duration_cast<Clock::duration>(ran / processors_max_);
         for (auto left = due - (Clock::now() - since_); left > Clock::duration(0) && !stop;
              left = due - (Clock::now() - since_)) {

@@ -18,7 +18,8 @@ public:
     Courtesy(const Courtesy&) = delete;
     Courtesy& operator=(const Courtesy&) = delete;
 
-    // Between two pieces of work: sleeps for as long as they were too much, until told to stop.
+    // Between two pieces of work: where the thread waited for longer than it ran, sleeps for as long as it ran too much, or
+    // until told to stop.
     void pause(const std::atomic<bool>& stop);
 
 private:
@@ -36,8 +37,6 @@ private:
     int fd_ = -1;
     Schedule last_{};
     Clock::time_point since_;
-    bool others_wait_ = false;
-    Nanoseconds unhindered_{0};  // ran since it last had to wait
 };
 
 }  // namespace ftrain
