@@ -165,13 +165,32 @@ def look(
     """
 
 def counters(
-    objects: list[Any], descriptor: object, before: Look | None = None, anatomy: Anatomy | None = None
+    objects: list[Any],
+    descriptor: object,
+    before: Look | None = None,
+    anatomy: Anatomy | None = None,
+    at_a_time: int = 0,
 ) -> bytes:
     """An attribute of each object, as signed 64-bit words; `descriptor` is the attribute in their class.
 
     TypeError where it is another kind of descriptor or of other objects. Quicker with an earlier look at the objects.
-    With an anatomy the attribute is the version, and not asked where the counter is found.
+    With an anatomy the attribute is the version, and not asked where the counter is found. `at_a_time` is as in `look`.
     """
+
+class Fence:
+    """Tells when what the main thread is in right now, as native code that has let the GIL go, has come to its end.
+
+    It has passed when the main thread was between two instructions of Python after it was set.
+    """
+
+    def set(self) -> bool:
+        """Once. False where the interpreter takes no such call at the moment: then it never passes."""
+
+    def wait(self) -> bool:
+        """Until it has passed: True. False once it was dropped."""
+
+    def drop(self) -> None:
+        """Nobody is to wait for it any more. May be called at any time."""
 
 class Pack:
     """The bytes of a pack's file, of which the boxes lie where they are until they are written. docs/format.md.

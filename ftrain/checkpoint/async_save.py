@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from array import array
@@ -20,6 +21,7 @@ from ftrain.checkpoint.stage import StagePlan, Stager, Staging
 from ftrain.checkpoint.target import Target
 from ftrain.core.layout import TensorSpec
 from ftrain.errors import MismatchedState, UsageError
+from ftrain.storage import Opener
 from ftrain.storage.base import Effort
 from ftrain.storage.neighbours import Neighbours
 
@@ -40,10 +42,10 @@ def async_save(
     began = time.perf_counter()
     if bytes_per_second_max < 0:
         raise UsageError(f"bytes_per_second_max={bytes_per_second_max}: give a number of bytes, or 0 for no bound")
-    effort = beside_training(Neighbours.of_environment().ranks, bytes_per_second_max)
     group, engine = peers(), _engine()
+    effort = dataclasses.replace(engine.effort, bytes_per_second_max=bytes_per_second_max)
     try:
-        target, job = Target(path, step, keep), engine.jobs.job(state)
+        target, job = Target(path, step, keep, engine.opener), engine.jobs.job(state)
     except Exception:
         with together(group, f"saving {path}"):  # the other ranks are about to ask how it went
             raise
@@ -123,6 +125,8 @@ class _Engine:
     def __init__(self) -> None:
         self.pid = os.getpid()
         self.jobs = Jobs()
+        self.opener = Opener()
+        self.effort = beside_training(Neighbours.of_environment().ranks)
         self._plans = Plans()
         self._arena = Arena(_native.memory_file("ftrain-save"))
         self._stager = Stager()

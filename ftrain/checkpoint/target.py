@@ -22,7 +22,7 @@ from ftrain.checkpoint.publish import make_manifest, publish_manifest, publish_r
 from ftrain.core.manifest import MANIFEST_PATH, REFERENCES_PATH
 from ftrain.core.messages import Attempt, PackRecord
 from ftrain.errors import AlreadyExists, UsageError
-from ftrain.storage import open_parent
+from ftrain.storage import Opener
 from ftrain.storage.base import Effort
 
 WRITER = "save"
@@ -33,10 +33,10 @@ _RECORD = msgspec.json.Decoder(PackRecord)
 class Target:
     """Where one checkpoint goes: `path`, or, with `keep`, that name below it. Raises `UsageError` where it cannot."""
 
-    def __init__(self, path: str | Path, step: int, keep: str | None = None) -> None:
+    def __init__(self, path: str | Path, step: int, keep: str | None = None, opener: Opener | None = None) -> None:
         if step < 0:
             raise UsageError(f"step={step}: the number of a step cannot be negative")
-        self._storage, self._base = open_parent(path if keep is None else _kept(path, keep))
+        self._storage, self._base = (opener or Opener()).open(path if keep is None else _kept(path, keep))
         self._attempt = Attempt(1, step, 1)
 
     def __str__(self) -> str:
