@@ -112,6 +112,13 @@ def launch(
     persist_rate: Annotated[
         str, typer.Option("--persist-rate", help="A second, to storage, from this node: 500MB, 2GB, 1.5GiB, or off.")
     ] = "off",
+    disks: Annotated[
+        str,
+        typer.Option(
+            "--disks",
+            help="DIR1,DIR2: checkpoints are spread over the run directory and these, which all nodes see alike.",
+        ),
+    ] = "",
     secret: Annotated[
         Path | None, typer.Option("--secret", help="The run's secret (`ftrain secret FILE`), for several nodes.")
     ] = None,
@@ -168,6 +175,7 @@ def launch(
         stop_grace_seconds=shutdown_timeout,
         peer_copies=options.switch(peer_copies, "--peer-copies"),
         persist_bytes_per_second_max=options.rate(persist_rate, "--persist-rate"),
+        disks=options.disks(disks),
         store_url=store_url,
     )
     raise typer.Exit(run_job(spec))
