@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import stat
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -127,7 +127,7 @@ def _take(run: PosixStorage, directory: str) -> str:
                 )
         _check_empty(directory)
         storage.check()
-        create_once(storage, MARK_NAME, encoded(Mark(uuid.uuid4().hex, own)))  # of several nodes, one is first
+        create_once(storage, MARK_NAME, encoded(Mark(secrets.token_hex(16), own)))  # of several nodes, one is first
         mark = read_mark(directory)
     else:
         storage.check()

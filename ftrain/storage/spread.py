@@ -72,6 +72,7 @@ class SpreadStorage(PosixStorage):
         disk = self._holder(path)
         if disk is None:
             return super().confirm(path, data)
+        self._refuse_doubtful(path)
         return disk.storage.confirm(path, data) and self._make_durable(path, self._path(path))
 
     def write_pack(
@@ -135,7 +136,10 @@ class SpreadStorage(PosixStorage):
             return None
         disk = self._disk(to.removesuffix(f"/{path}")) if to.endswith(f"/{path}") else None
         if disk is not None and disk.token not in self._proved:
-            disk.prove()
+            try:
+                disk.prove()
+            except StorageError as error:
+                raise type(error)(f"cannot read {self._path(path)}: {error}") from None
             self._proved.add(disk.token)
         return disk
 
