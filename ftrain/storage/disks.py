@@ -152,24 +152,26 @@ def read_mark(directory: str) -> Mark | None:
     """What a directory says of itself as a disk, None where it says nothing. Raises `CorruptCheckpoint`."""
     path = f"{directory}/{MARK_NAME}"
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+        return _decoded(_read_file(path), Mark, path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror}") from error
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise CorruptCheckpoint(f"{path} is not a file")
-        data = os.read(descriptor, FILE_BYTES_MAX)
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror}") from error
-    finally:
-        os.close(descriptor)
-    return _decoded(data, Mark, path)
 
 
 def encoded(file: Record | Mark) -> bytes:
     return msgspec.json.encode(file) + b"\n"
+
+
+def _read_file(path: str) -> bytes:
+    """Through no link, and no more than there can be: what is below a stranger's path is not known."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise CorruptCheckpoint(f"{path} is not a file")
+        return os.read(descriptor, FILE_BYTES_MAX)
+    finally:
+        os.close(descriptor)
 
 
 def _recorded(run: PosixStorage, path: str) -> Record:

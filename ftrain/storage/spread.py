@@ -57,7 +57,7 @@ class SpreadStorage(PosixStorage):
     def _check_links(self) -> None:
         probe = self._path(f".ftrain-probe-{uuid.uuid4().hex}")
         try:
-            probe.symlink_to(self.url)
+            probe.symlink_to("nowhere")
         except OSError as error:
             if error.errno not in _FULL:
                 raise UsageError(
