@@ -45,7 +45,7 @@ def run_job(spec: JobSpec) -> int:
     if spec.store_url:
         log.info("run in %s; logs, events and the secret in %s", spec.store_url, spec.run_dir)
     else:
-        log.info("run directory %s", spec.run_dir)
+        log.info("run directory %s%s", spec.run_dir, f", disks {', '.join(spec.disks)}" if spec.disks else "")
     open_run(spec.storage, spec.disks).check()
     try:
         exit = asyncio.run(_run(spec, secret))

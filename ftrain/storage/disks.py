@@ -103,9 +103,14 @@ def take(run: PosixStorage, directories: Sequence[str]) -> None:
     Raises `UsageError`, saying what to do, where one of them cannot be, and `StorageError`.
     """
     for one, other in combinations((run.url, *directories), 2):
-        inner, outer = os.path.realpath(other), os.path.realpath(one)
-        if os.path.commonpath((inner, outer)) in (inner, outer):
-            raise UsageError(f"--disks: {other} and {one} are one in the other; give directories apart from each other")
+        first, second = os.path.realpath(one), os.path.realpath(other)
+        shared = os.path.commonpath((first, second))
+        if shared in (first, second):
+            inner, outer = (other, one) if shared == first else (one, other)
+            how = "is the same as" if first == second else "is in"
+            raise UsageError(
+                f"--disks: {inner} {how} {outer}; give directories that are apart from the run's and from each other"
+            )
     taken: dict[str, str] = {}
     for directory in directories:
         token = _take(run, directory)

@@ -381,11 +381,12 @@ def test_a_mark_that_is_none_is_refused(place: Place, kind: str) -> None:
 @pytest.mark.parametrize(
     ("disks", "said"),
     [
-        (["run/inside"], "are one in the other"),
-        (["."], "are one in the other"),
-        (["a", "a/b"], "are one in the other"),
-        (["a/b", "a"], "are one in the other"),
-        (["a", "link"], "are one in the other"),
+        (["run"], "run is the same as .*run; give directories that are apart from the run's and from each other"),
+        (["run/inside"], "run/inside is in .*/run;"),
+        (["."], "/run is in /"),
+        (["a", "a/b"], "a/b is in .*/a;"),
+        (["a/b", "a"], "a/b is in .*/a;"),
+        (["a", "link"], "link is the same as .*/a;"),
         (["file"], "cannot be used: File exists"),
         (["file/below"], "cannot be used: Not a directory"),
         (["full"], r"full is not empty \(theirs\); give a directory for this run alone"),
