@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ftrain._native import Pack
-from ftrain.errors import AlreadyExists, StorageError, UsageError
+from ftrain.errors import AlreadyExists, NotFound, StorageError, UsageError
 from ftrain.storage.base import Effort
 from ftrain.storage.disks import DIRECTORY, Disk, known_disks, take
 from ftrain.storage.posix import PosixStorage
@@ -96,7 +96,10 @@ class SpreadStorage(PosixStorage):
         return super().size(path) if disk is None else disk.storage.size(path)
 
     def exists(self, path: str) -> bool:
-        disk = self._holder(path)
+        try:
+            disk = self._holder(path)
+        except NotFound:
+            return False
         return super().exists(path) if disk is None else disk.storage.exists(path)
 
     def list(self, prefix: str) -> list[str]:

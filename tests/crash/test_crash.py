@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from ftrain.storage.disks import known_disks
-from ftrain.storage.posix import PosixStorage
-from ftrain.storage.spread import SpreadStorage
 from tests.crash import scenes
 from tests.crash.bugs import BUGS
 from tests.crash.judge import Expected
@@ -51,16 +46,8 @@ def test_on_an_object_store_too_every_single_fault_leaves_a_whole_checkpoint() -
     assert not search.report.violations
 
 
-def on_two_disks(root: Path) -> PosixStorage:
-    """Rank 1's packs go to the other one, which whoever opens the run first makes a disk of it."""
-    storage = SpreadStorage(root / "run", [str(root / "disk")])
-    if not known_disks(storage):
-        storage.check()
-    return storage
-
-
 def test_on_two_disks_too_a_power_cut_an_error_or_a_kill_leaves_a_whole_checkpoint() -> None:
-    with searching(moment_max=4, opens=on_two_disks) as search:
+    with searching(moment_max=4, opens=scenes.on_two_disks) as search:
         search.crash("taken", scenes.commit, ((), Expected()), 80)
         one = scenes.one_commit(search)
         search.crash("crash", scenes.retire, one, 40)
