@@ -53,9 +53,9 @@ def search_disks(search: Search, states: int) -> None:
     search.crash("disks, retire: a crash", retire, one, share)
     search.errors("disks, links: an error, a crash", commit, one, share, kinds=("symlink",))
     search.errors("disks, commit: an error, a crash", commit, one, share, runs=60)
-    search.errors("disks, retire: an error, a crash", retire, one, share, runs=20)
-    search.kills("disks, commit: killed, then a crash", commit, take_over, one, share, runs=40)
-    search.overtaken("disks, fence: overtaken, a crash", commit, take_over, one, share, runs=20)
+    search.errors("disks, retire: an error, a crash", retire, one, share, runs=8)
+    search.kills("disks, commit: killed, then a crash", commit, take_over, one, share, runs=20)
+    search.overtaken("disks, fence: overtaken, a crash", commit, take_over, one, share, runs=10)
     search.crash_in_recovery("disks, commit: a crash, a crash", commit, take_over, one, share, runs=10)
 
 
