@@ -1,0 +1,99 @@
+"""A real run on a recorded disk: launcher, agent, coordinator and ranks, with commits and retirements."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.power import train
+from tests.power.file_system import FileSystem, mounted
+from tests.power.recorder import Entry, Kind, read_log, recording
+from tests.power.told import ACKED, RETIRING, read_marks
+
+ROOT = Path(__file__).parents[2]
+RANKS = 2
+KEEP = 2
+TIMEOUT_SECONDS = 900
+
+
+class RunFailed(Exception):
+    """The run did not do what was asked of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """What a run did to its disk. `image` is the disk before the first entry."""
+
+    kind: FileSystem
+    image: Path
+    entries: list[Entry]
+    digests: dict[int, str]  # of the state after so many steps
+
+    def count(self, kind: Kind) -> int:
+        return sum(entry.kind is kind for entry in self.entries)
+
+    def told(self, what: str) -> int:
+        return sum(mark.what == what for mark in read_marks([e.data for e in self.entries if e.kind is Kind.MARK]))
+
+    def text(self) -> str:
+        nbytes = sum(len(entry.data) for entry in self.entries if entry.kind is Kind.WRITE)
+        return (
+            f"{self.kind.name}: {self.told(ACKED)} commits, {self.told(RETIRING)} retired; {self.count(Kind.WRITE)} "
+            f"writes ({nbytes / 1e6:.1f} MB), {self.count(Kind.FLUSH)} flush points"
+        )
+
+
+def record(kind: FileSystem, place: Path, commits: int, bug: str = "", pause_seconds: float = 0.1) -> Recording:
+    """Train on a new disk below the folder `place` until so many commits are made. Raises `RunFailed`."""
+    image, log, digests = place / "image", place / "log", place / "digests"
+    kind.format(image)
+    shutil.copyfile(image, place / "begin")
+    steps = commits * train.STEPS_PER_COMMIT
+    with (
+        recording(image, log, place / "fuse") as recorder,
+        mounted(kind, recorder.disk, place / "disk") as disk,
+    ):
+        launch(disk / "run", recorder.marks, bug, steps, digests, pause_seconds, place / "output.txt")
+    found = Recording(kind, place / "begin", read_log(log), read_digests(digests))
+    if found.told(ACKED) < commits:
+        raise RunFailed(f"only {found.told(ACKED)} of {commits} commits were made in time: give it a longer --pause")
+    return found
+
+
+def launch(
+    run_dir: Path, marks: Path, bug: str, steps: int, digests: Path, pause_seconds: float, output: Path
+) -> None:
+    """`ftrain launch` to its end. Raises `RunFailed` with its output."""
+    command = [
+        *(sys.executable, "-m", "tests.power.told", marks, bug, "launch", "--nproc-per-node", RANKS),
+        *("--run-dir", run_dir, "--checkpoint-every", train.STEPS_PER_COMMIT, "--snapshot-every", "off"),
+        *("--keep", KEEP, train.__file__, "--steps", steps, "--digests", digests, "--pause", pause_seconds),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with output.open("wb") as file:
+        code = subprocess.run(
+            list(map(str, command)),
+            check=False,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            env=environment,
+            timeout=TIMEOUT_SECONDS,
+        ).returncode
+    if code != 0:
+        raise RunFailed(f"the run ended with {code}:\n{output.read_text(errors='replace')[-3000:]}")
+
+
+def read_digests(path: Path) -> dict[int, str]:
+    """Raises `RunFailed` where a step that was done twice came out differently."""
+    found: dict[int, str] = {}
+    for line in path.read_text().splitlines():
+        step, value = line.split()
+        if found.setdefault(int(step), value) != value:
+            raise RunFailed(f"step {step} came out differently when it was done again")
+    return found
