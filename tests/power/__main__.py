@@ -2,7 +2,7 @@
 
 python -m tests.power --file-system ext4 --all          every flush point of a run with 20 commits
 python -m tests.power --file-system xfs --points 200    so many, drawn by --seed
-python -m tests.power --bug "the file is not synced"    with a bug of tests/crash/bugs.py: must find losses
+python -m tests.power --bug "the file is not synced"    with a planted bug: must find losses
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.crash.bugs import BUGS
+from tests.power.bugs import BUGS
 from tests.power.file_system import FILE_SYSTEMS, memory, unavailable
 from tests.power.run import RunFailed, record
 from tests.power.search import Search
@@ -50,7 +50,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--commits", type=int, default=20)
     parser.add_argument("--points", type=int, default=100, help="flush points, with three cuts at each")
     parser.add_argument("--all", action="store_true", help="every flush point")
-    parser.add_argument("--resumes", type=int, default=4, help="so many of the cuts are gone on from by a real run")
+    parser.add_argument("--resumes", type=int, default=4, help="so many of the cuts are gone on from by a real run, and cut again")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pause", type=float, default=0.1, help="seconds after each step: commits take their time")
     parser.add_argument("--bug", choices=tuple(BUGS), default="")

@@ -13,14 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.crash.judge import Expected
+from tests.crash.life import Told
+from tests.power.files import copy_sparse
 from tests.power.recorder import Entry, Kind
-from tests.power.told import ACKED, RETIRING, SUBMITTED, read_marks
+from tests.power.run import Recording
+from tests.power.told import read_marks
 
 SECTOR_BYTES = 512
 KEPT_SHARE = 0.5  # of the writes since the last flush, where some are kept
 TORN_SHARE = 0.5  # of these
 HOWS = ("nothing", "some", "all")  # is kept of what was written since the last flush
-COPY_BYTES = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +54,10 @@ def cuts_at(point: tuple[int, int], dice: random.Random) -> Iterator[Cut]:
         yield Cut(begin, dice.randint(begin, end) if how == "some" else end, how)
 
 
-def expected_at(entries: Sequence[Entry], end: int) -> Expected:
-    """What had been said of commits before that moment."""
-    marks = read_marks([entry.data for entry in entries[:end] if entry.kind is Kind.MARK])
-    acked, submitted, retiring = (
-        frozenset(mark.attempt for mark in marks if mark.what == what) for what in (ACKED, SUBMITTED, RETIRING)
-    )
-    return Expected(acked, submitted, retiring)
+def expected_at(recording: Recording, end: int) -> Expected:
+    """What had been said of commits before entry `end` of the log."""
+    marks = read_marks([entry.data for entry in recording.entries[:end] if entry.kind is Kind.MARK])
+    return recording.before.after(Told(mark.what, mark.attempt) for mark in marks)
 
 
 class Disk:
@@ -103,20 +102,3 @@ def _apply(image: Path, entries: Sequence[Entry]) -> None:
                 os.pwrite(descriptor, entry.data, entry.offset)
     finally:
         os.close(descriptor)
-
-
-def copy_sparse(source: Path, target: Path) -> None:
-    """Only what is there: a file system of hundreds of megabytes is mostly holes."""
-    with source.open("rb") as read, target.open("wb") as written:
-        size = os.fstat(read.fileno()).st_size
-        written.truncate(size)
-        at = 0
-        while at < size:
-            try:
-                at = os.lseek(read.fileno(), at, os.SEEK_DATA)
-            except OSError:  # nothing but a hole is left
-                return
-            end = os.lseek(read.fileno(), at, os.SEEK_HOLE)
-            os.lseek(written.fileno(), at, os.SEEK_SET)
-            while at < end:
-                at += os.sendfile(written.fileno(), read.fileno(), at, min(COPY_BYTES, end - at))

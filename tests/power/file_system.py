@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 from tests.power.recorder import recording
 
 MIB = 1 << 20
+BUSY_SECONDS_MAX = 15.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,16 @@ def mounted(kind: FileSystem, device: Path, mountpoint: Path) -> Iterator[Path]:
     try:
         yield mountpoint
     finally:
-        do("umount", str(mountpoint))
+        _unmount(mountpoint)
+
+
+def _unmount(mountpoint: Path) -> None:
+    """Processes that used it may still be on their way out."""
+    deadline = time.monotonic() + BUSY_SECONDS_MAX
+    while subprocess.run(["umount", str(mountpoint)], check=False, stderr=subprocess.DEVNULL).returncode != 0:
+        if time.monotonic() > deadline:
+            do("umount", str(mountpoint))
+        time.sleep(0.05)
 
 
 def unavailable(kind: FileSystem) -> str:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.crash.judge import Expected
 from tests.power import train
 from tests.power.file_system import FileSystem, mounted
+from tests.power.files import copy_sparse
 from tests.power.recorder import Entry, Kind, read_log, recording
 from tests.power.told import ACKED, RETIRING, read_marks
 
@@ -32,6 +33,7 @@ class Recording:
     image: Path
     entries: list[Entry]
     digests: dict[int, str]  # of the state after so many steps
+    before: Expected = Expected()  # what had been said when it began
 
     def count(self, kind: Kind) -> int:
         return sum(entry.kind is kind for entry in self.entries)
@@ -49,22 +51,26 @@ class Recording:
 
 def record(kind: FileSystem, place: Path, commits: int, bug: str = "", pause_seconds: float = 0.1) -> Recording:
     """Train on a new disk below the folder `place` until so many commits are made. Raises `RunFailed`."""
-    image, log, digests = place / "image", place / "log", place / "digests"
-    kind.format(image)
-    shutil.copyfile(image, place / "begin")
-    steps = commits * train.STEPS_PER_COMMIT
-    with (
-        recording(image, log, place / "fuse") as recorder,
-        mounted(kind, recorder.disk, place / "disk") as disk,
-    ):
-        launch(disk / "run", recorder.marks, bug, steps, digests, pause_seconds, place / "output.txt")
-    found = Recording(kind, place / "begin", read_log(log), read_digests(digests))
+    kind.format(place / "image")
+    found = record_run(kind, place, commits * train.STEPS_PER_COMMIT, bug, pause_seconds)
     if found.told(ACKED) < commits:
         raise RunFailed(f"only {found.told(ACKED)} of {commits} commits were made in time: give it a longer --pause")
     return found
 
 
-def launch(
+def record_run(kind: FileSystem, place: Path, steps: int, bug: str = "", pause_seconds: float = 0.1) -> Recording:
+    """Train up to so many steps on the disk `place`/image, whatever is on it. Raises `RunFailed`."""
+    image, begin, log, digests = (place / name for name in ("image", "begin", "log", "digests"))
+    copy_sparse(image, begin)
+    with (
+        recording(image, log, place / "fuse") as recorder,
+        mounted(kind, recorder.disk, place / "disk") as disk,
+    ):
+        _launch(disk / "run", recorder.marks, bug, steps, digests, pause_seconds, place / "output.txt")
+    return Recording(kind, begin, read_log(log), _read_digests(digests))
+
+
+def _launch(
     run_dir: Path, marks: Path, bug: str, steps: int, digests: Path, pause_seconds: float, output: Path
 ) -> None:
     """`ftrain launch` to its end. Raises `RunFailed` with its output."""
@@ -89,7 +95,7 @@ def launch(
         raise RunFailed(f"the run ended with {code}:\n{output.read_text(errors='replace')[-3000:]}")
 
 
-def read_digests(path: Path) -> dict[int, str]:
+def _read_digests(path: Path) -> dict[int, str]:
     """Raises `RunFailed` where a step that was done twice came out differently."""
     found: dict[int, str] = {}
     for line in path.read_text().splitlines():

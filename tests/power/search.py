@@ -1,12 +1,16 @@
-"""Cuts the power at flush points of a recorded run, mounts what is left, and judges the run directory in it."""
+"""Cuts the power at flush points of a recorded run, mounts what is left, and judges the run directory in it.
+
+From some of the cuts a real run goes on, on a disk that is recorded again: then the power is cut there a second time.
+"""
 
 from __future__ import annotations
 
 import random
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import ftrain
@@ -20,9 +24,10 @@ from tests.crash.life import restored
 from tests.power import train
 from tests.power.cuts import Cut, Disk, cuts_at, expected_at, flush_points
 from tests.power.file_system import mounted
-from tests.power.run import Recording, RunFailed, launch, read_digests
+from tests.power.run import Recording, RunFailed, record_run
 
 STEPS_FURTHER = 2 * train.STEPS_PER_COMMIT
+SECOND_POINTS = 10
 
 
 @dataclass(slots=True)
@@ -31,14 +36,15 @@ class Report:
 
     points: int = 0
     cuts: int = 0
+    second_cuts: int = 0  # while a run went on after a first one
     commits: int = 0  # proved, over all cuts
     resumed: int = 0  # by a real run, to its end
     losses: list[str] = field(default_factory=list)
 
     def text(self) -> str:
         return (
-            f"{self.points} flush points, {self.cuts} power cuts, {self.commits} commits proved, {self.resumed} runs "
-            f"gone on with, {len(self.losses)} losses"
+            f"{self.points} flush points, {self.cuts} power cuts, {self.second_cuts} second cuts, {self.commits} "
+            f"commits proved, {self.resumed} runs gone on with, {len(self.losses)} losses"
         )
 
 
@@ -80,17 +86,18 @@ class Search:
     def _judge(self, cut: Cut, device: Path, resume: bool) -> None:
         """Raises `Violation`, `RunFailed`."""
         try:
+            if resume:
+                self._go_on(cut, device)
+                return
             with mounted(self._recording.kind, device, self._place / "disk") as disk:
-                if resume:
-                    self._go_on(cut, disk / "run")
-                else:
-                    self._prove(cut, disk / "run")
+                self._prove(cut, disk / "run")
         except subprocess.CalledProcessError as error:
             raise Violation(f"{' '.join(error.cmd)}: {error.stderr.decode(errors='replace').strip()}") from None
 
     def _prove(self, cut: Cut, run: Path) -> None:
-        expected = expected_at(self._recording.entries, cut.end)
+        expected = expected_at(self._recording, cut.end)
         known = expected.acked | expected.submitted
+        proved: set[Attempt] = set()
 
         def prove(storage: Storage, attempt: Attempt, manifest_sha256: str) -> None:
             if attempt not in known:  # the judge's own, made to see that the run can go on
@@ -99,26 +106,33 @@ class Search:
             verify(Commit(storage, attempt.path, attempt, 0, 0, manifest_sha256))
             if self._load(run, attempt) != self._recording.digests[attempt.step]:
                 raise Violation(f"{attempt} is whole, but it is not the state of its step")
-            self.report.commits += 1
+            proved.add(attempt)
 
         judge(lambda: open_storage(str(run)), expected, f"power-{cut.end}-{cut.how}", prove)
+        self.report.commits += len(proved)
 
     def _load(self, run: Path, attempt: Attempt) -> str:
         model, optimizer = train.build()
         ftrain.load(run / attempt.path, {"model": model, "optimizer": optimizer})
         return train.digest(model, optimizer)
 
-    def _go_on(self, cut: Cut, run: Path) -> None:
-        """A real run, some steps further than it was ever told to have come; it must train what was trained before."""
-        expected = expected_at(self._recording.entries, cut.end)
+    def _go_on(self, cut: Cut, device: Path) -> None:
+        """A real run, some steps further than it was ever told to have come, and the power cut once more in it."""
+        known = self._recording.digests
+        expected = expected_at(self._recording, cut.end)
         newest = max((attempt.step for attempt in expected.acked), default=0)
-        digests, ignored = self._place / "digests", self._place / "ignored"
-        digests.write_bytes(b"")
-        ignored.write_bytes(b"")
-        launch(run, ignored, "", newest + STEPS_FURTHER, digests, 0.0, self._place / "output.txt")
-        for step, digest in read_digests(digests).items():
-            if step <= newest:
-                raise Violation(f"step {step} was done again, although step {newest} was committed")
-            if self._recording.digests.get(step, digest) != digest:
-                raise Violation(f"step {step} came out differently after the cut")
-        self.report.resumed += 1
+        with tempfile.TemporaryDirectory(dir=self._place, prefix="again-") as directory:
+            place = Path(directory)
+            device = device.rename(place / "image")
+            more = record_run(self._recording.kind, place, newest + STEPS_FURTHER)
+            for step, digest in more.digests.items():
+                if step <= newest:
+                    raise Violation(f"step {step} was done again, although step {newest} was committed")
+                if known.get(step, digest) != digest:
+                    raise Violation(f"step {step} came out differently after the cut")
+            self.report.resumed += 1
+            again = replace(more, digests={**known, **more.digests}, before=expected)
+            found = Search(again, place, self._dice.getrandbits(32)).run(SECOND_POINTS)
+            self.report.second_cuts += found.cuts
+            self.report.commits += found.commits
+            self.report.losses += [f"{cut}, and then {loss}" for loss in found.losses]

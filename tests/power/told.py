@@ -3,7 +3,7 @@
     python -m tests.power.told MARKS BUG launch ...
 
 A commit counts as told the moment its record's creation has returned, which is before anybody hears of it; a
-retirement counts from before its record's creation began. BUG is one of tests/crash/bugs.py, or "" for none.
+retirement counts from before its record's creation began. BUG is one of tests/power/bugs.py, or "" for none.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def main() -> None:
     sys.argv = ["ftrain", *arguments]
     with contextlib.ExitStack() as stack:
         if bug:
-            from tests.crash.bugs import planted
+            from tests.power.bugs import planted
 
             stack.enter_context(planted(bug))
         stack.enter_context(patch.object(coordinator_host, "_store", store))
