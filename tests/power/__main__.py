@@ -50,7 +50,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--commits", type=int, default=20)
     parser.add_argument("--points", type=int, default=100, help="flush points, with three cuts at each")
     parser.add_argument("--all", action="store_true", help="every flush point")
-    parser.add_argument("--resumes", type=int, default=4, help="so many of the cuts are gone on from by a real run, and cut again")
+    parser.add_argument(
+        "--resumes", type=int, default=4, help="so many of the cuts are gone on from by a real run, and cut again"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pause", type=float, default=0.1, help="seconds after each step: commits take their time")
     parser.add_argument("--bug", choices=tuple(BUGS), default="")

@@ -31,6 +31,7 @@ class FileSystem:
         with image.open("wb") as file:
             file.truncate(self.nbytes)
         do(*self.make, str(image))
+        do("fallocate", "--dig-holes", str(image))  # every cut copies it
 
 
 # All that is put off for later by default is done at once, so that it does not stand among the run's own writes; a

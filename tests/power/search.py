@@ -6,7 +6,6 @@ From some of the cuts a real run goes on, on a disk that is recorded again: then
 from __future__ import annotations
 
 import random
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from tests.crash.life import restored
 from tests.power import train
 from tests.power.cuts import Cut, Disk, cuts_at, expected_at, flush_points
 from tests.power.file_system import mounted
+from tests.power.files import copy_sparse
 from tests.power.run import Recording, RunFailed, record_run
 
 STEPS_FURTHER = 2 * train.STEPS_PER_COMMIT
@@ -66,7 +66,7 @@ class Search:
         if points_max is not None and points_max < len(points):
             points = sorted(self._dice.sample(points, points_max))
         image = self._place / "durable"
-        shutil.copyfile(self._recording.image, image)
+        copy_sparse(self._recording.image, image)
         disk = Disk(image, entries)
         cuts = [cut for point in points for cut in cuts_at(point, self._dice)]
         to_resume = set(self._dice.sample(range(len(cuts)), min(resumes, len(cuts))))
