@@ -51,7 +51,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--points", type=int, default=100, help="flush points, with three cuts at each")
     parser.add_argument("--all", action="store_true", help="every flush point")
     parser.add_argument(
-        "--resumes", type=int, default=4, help="so many of the cuts are gone on from by a real run, and cut again"
+        "--resumes", type=int, default=4, help="from so many of the cuts a real run goes on, and is cut"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pause", type=float, default=0.1, help="seconds after each step: commits take their time")

@@ -8,6 +8,7 @@ to a file beside it lie in the same order.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import struct
@@ -86,10 +87,10 @@ class _Marks:
         self._log = log
 
     def read(self, offset: int, nbytes: int) -> bytes:
-        raise OSError(22, "marks cannot be read")
+        raise OSError(errno.EINVAL, f"{nbytes} bytes at {offset}: marks cannot be read")
 
     def write(self, offset: int, data: memoryview) -> None:
-        self._log.add(Kind.MARK, 0, data)
+        self._log.add(Kind.MARK, offset, data)
 
     def sync(self) -> None:
         """They are nobody's data."""

@@ -55,12 +55,23 @@ class Search:
         self._recording = recording
         self._place = place
         self._dice = random.Random(seed)
+        self._second_points = SECOND_POINTS
         self.report = Report()
 
     def run(
-        self, points_max: int | None = None, resumes: int = 0, progress: Callable[[str], None] = lambda _: None
+        self,
+        points_max: int | None = None,
+        resumes: int = 0,
+        progress: Callable[[str], None] = lambda _: None,
+        *,
+        second_points: int = SECOND_POINTS,
+        first_loss: bool = False,
     ) -> Report:
-        """At so many flush points, drawn by the seed, or at all; `resumes` of the cuts are gone on from by a real run."""
+        """At so many flush points, drawn by the seed, or at all; from `resumes` of the cuts a real run goes on.
+
+        Then the power is cut again, at `second_points` flush points of what that run did.
+        """
+        self._second_points = second_points
         entries = self._recording.entries
         points = flush_points(entries)
         if points_max is not None and points_max < len(points):
@@ -79,6 +90,8 @@ class Search:
                 self._judge(cut, target, number in to_resume)
             except (Violation, RunFailed) as error:
                 self.report.losses.append(f"{cut}: {error}")
+                if first_loss:
+                    break
             if cut.how == "all" and self.report.points % 50 == 0:
                 progress(self.report.text())
         return self.report
@@ -132,7 +145,7 @@ class Search:
                     raise Violation(f"step {step} came out differently after the cut")
             self.report.resumed += 1
             again = replace(more, digests={**known, **more.digests}, before=expected)
-            found = Search(again, place, self._dice.getrandbits(32)).run(SECOND_POINTS)
+            found = Search(again, place, self._dice.getrandbits(32)).run(self._second_points)
             self.report.second_cuts += found.cuts
             self.report.commits += found.commits
             self.report.losses += [f"{cut}, and then {loss}" for loss in found.losses]

@@ -49,9 +49,8 @@ def main() -> None:
         elif isinstance(body, journal.CommitBody):
             mark(SUBMITTED, body.attempt)
         answer = real(storage, request)
-        if isinstance(body, journal.CommitBody) and isinstance(answer, journal.Created):
-            if answer.outcome is journal.Outcome.CREATED:
-                mark(ACKED, body.attempt)
+        if isinstance(body, journal.CommitBody) and answer == journal.Created(request.path, journal.Outcome.CREATED):
+            mark(ACKED, body.attempt)
         return answer
 
     sys.argv = ["ftrain", *arguments]
