@@ -1,5 +1,6 @@
 """What is trained: a small model on every rank, with steps that depend on nothing but their number.
 
+Its last layer is frozen: commits refer to it in the packs of earlier ones, which must stay when those are retired.
 After each step rank 0 writes what the state then is to DIGESTS, which lies on another disk: `step sha256`.
 """
 
@@ -22,8 +23,9 @@ STEPS_PER_COMMIT = 5
 
 def build() -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(7)
-    model = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
-    return model, torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH))
+    model[-1].requires_grad_(False)
+    return model, torch.optim.AdamW((one for one in model.parameters() if one.requires_grad), lr=1e-3)
 
 
 def digest(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
@@ -31,7 +33,7 @@ def digest(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
     found = hashlib.sha256()
     for parameter in model.parameters():
         found.update(parameter.detach().numpy().tobytes())
-        for _, value in sorted(optimizer.state[parameter].items()):
+        for _, value in sorted(optimizer.state.get(parameter, {}).items()):
             found.update(value.numpy().tobytes())
     return found.hexdigest()
 
