@@ -41,7 +41,7 @@ sys.path += [
 ]  # behind all else: only what is nowhere else comes from there
 
 from peers_array import CACHE_BYTES, bits, bounded, chunk_of  # noqa: E402
-from states import State, Workload, clear, digest  # noqa: E402
+from states import State, Workload, clear, digest, memoryview_of  # noqa: E402
 
 UNAVAILABLE = 69
 FULL_BYTES = 2_000_000_000  # about, of the workload at scale 1
@@ -55,8 +55,7 @@ class Limit:
 
     def __init__(self, bucket: str, endpoint: str, nbytes: int) -> None:
         self._store = S3Store(bucket, endpoint=endpoint, client_options={"allow_http": True})
-        self._data = torch.full((nbytes,), 90, dtype=torch.uint8)
-        self._memory = memoryview(self._data.numpy())
+        self._memory = memoryview_of(torch.full((nbytes,), 90, dtype=torch.uint8))
 
     def save(self, path: str) -> None:
         obstore.put(
@@ -95,7 +94,7 @@ class DcpFsspec:
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is what is meant
         self._dcp, self._fsspec = dcp, fsspec
         self._bucket = bucket
-        self._options = {"endpoint_url": endpoint}
+        self._options: dict[str, Any] = {"endpoint_url": endpoint}
 
     def save(self, path: str, state: State) -> None:
         writer = self._fsspec.FsspecWriter(f"s3://{self._bucket}/{path}", **self._options)
@@ -192,6 +191,7 @@ def measure(server: Any, bucket: str, state: State, names: list[str], repeats: i
     limit = Limit(bucket, server.endpoint, nbytes)
     subjects = dict(installed(names, bucket, server.endpoint))
     expected = digest(state)
+    target = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
     found = {LIMIT: Times(), **{name: Times() for name in subjects}}
     # The first of everybody is not counted: the server makes its volumes then, and libraries their threads.
     for repeat in range(-1, repeats):
@@ -199,12 +199,12 @@ def measure(server: Any, bucket: str, state: State, names: list[str], repeats: i
         around = [limit_turn(limit, f"limit/{repeat}/before")]
         for name in list(subjects) if repeat % 2 else list(reversed(subjects)):
             try:
-                turn = take_turn(subjects[name], f"{name.replace(', ', '-')}/{repeat}/state", state)
+                turn = take_turn(subjects[name], f"{name.replace(', ', '-')}/{repeat}/state", state, target)
             except Exception as error:  # noqa: BLE001  # whatever a library raises
                 print(f"{name} is left out: {type(error).__name__}: {error}", flush=True)
                 del subjects[name], found[name]
                 continue
-            if digest(state) != expected:
+            if digest(target) != expected:
                 raise SystemExit(f"{name} loaded other bytes than it had saved")
             if counts:
                 record(found[name], turn)
@@ -223,10 +223,10 @@ def installed(names: list[str], bucket: str, endpoint: str) -> Iterator[tuple[st
             print(f"{name} is left out: {error} (pip install s3fs tensorstore)", flush=True)
 
 
-def take_turn(subject: Any, path: str, state: State) -> tuple[float, float]:
+def take_turn(subject: Any, path: str, state: State, target: State) -> tuple[float, float]:
     save_seconds = timed(lambda: subject.save(path, state))
-    clear(state)
-    return save_seconds, timed(lambda: subject.load(path, state))
+    clear(target)
+    return save_seconds, timed(lambda: subject.load(path, target))
 
 
 def limit_turn(limit: Limit, path: str) -> tuple[float, float]:
