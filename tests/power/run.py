@@ -80,19 +80,20 @@ def _launch(
         *("--keep", KEEP, train.__file__, "--steps", steps, "--digests", digests, "--pause", pause_seconds),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with output.open("wb") as file:
-        code = subprocess.run(
-            list(map(str, command)),
-            check=False,
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            cwd=ROOT,
-            env=environment,
-            timeout=TIMEOUT_SECONDS,
-        ).returncode
-    if code != 0:
-        raise RunFailed(f"the run ended with {code}:\n{output.read_text(errors='replace')[-3000:]}")
+    try:
+        with output.open("wb") as file:
+            subprocess.run(
+                list(map(str, command)),
+                check=True,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                env=environment,
+                timeout=TIMEOUT_SECONDS,
+            )
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        raise RunFailed(f"{error}\n{output.read_text(errors='replace')[-3000:]}") from None
 
 
 def _read_digests(path: Path) -> dict[int, str]:

@@ -136,7 +136,7 @@ class Search:
         newest = max((attempt.step for attempt in expected.acked), default=0)
         with tempfile.TemporaryDirectory(dir=self._place, prefix="again-") as directory:
             place = Path(directory)
-            device = device.rename(place / "image")
+            device.rename(place / "image")
             more = record_run(self._recording.kind, place, newest + STEPS_FURTHER)
             for step, digest in more.digests.items():
                 if step <= newest:
