@@ -27,7 +27,13 @@ SLOTS = 2  # of the arena: one being written, one being filled
 
 
 def async_save(
-    path: str | Path, state: State, *, step: int = 0, keep: str | None = None, bytes_per_second_max: int = 0
+    path: str | Path,
+    state: State,
+    *,
+    step: int = 0,
+    keep: str | None = None,
+    compress: str | None = None,
+    bytes_per_second_max: int = 0,
 ) -> Saving:
     """Save a state while training goes on: returns at once, the copy overlaps what follows.
 
@@ -43,7 +49,7 @@ def async_save(
     effort = dataclasses.replace(BESIDE_TRAINING, bytes_per_second_max=bytes_per_second_max)
     group, engine = peers(), _engine()
     try:
-        target, job = Target(path, step, keep), engine.jobs.job(state)
+        target, job = Target(path, step, keep, compress), engine.jobs.job(state)
     except Exception:
         with together(group, f"saving {path}"):  # the other ranks are about to ask how it went
             raise

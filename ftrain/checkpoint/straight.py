@@ -26,7 +26,7 @@ _local = operator.attrgetter("local")
 def add_straight(items: Sequence[TensorItem], index: PackIndex, pack: int, ranges: Ranges) -> bool:
     """Add a range for each item, in their order; False where the items are not just what the pack holds."""
     boxes, specs = index.boxes, list(map(_spec, items))
-    if len(boxes) != len(specs) or list(map(_wanted, specs)) != list(map(_saved, boxes)):
+    if index.frames or len(boxes) != len(specs) or list(map(_wanted, specs)) != list(map(_saved, boxes)):
         return False
     if any(map(_private, boxes)) or list(map(_mesh, specs)).count(None) != len(specs):
         return False
