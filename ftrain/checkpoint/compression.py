@@ -35,10 +35,13 @@ def encode(codec: Codec, address: int, nbytes: int, frame_bytes: int, item_bytes
 
 
 def decode(codec: Codec, stored: NDArray[np.uint8], into: NDArray[np.uint8]) -> None:
-    """Fill `into` from one frame. Raises `CorruptCheckpoint` where it does not become just that, with nothing said
-    of where it is: the caller knows.
+    """Fill `into` from one frame. Raises `CorruptCheckpoint` where it does not become just that.
+
+    Only what is wrong is said, as the end of a sentence: the caller knows of whose bytes.
     """
     declared = _declared(codec, bytes(stored[: _BLOSC.size]), len(stored))
+    if declared < 0:
+        raise CorruptCheckpoint("are no frame of their codec")
     if declared != len(into):
         raise CorruptCheckpoint(f"say that they become {declared} bytes instead of {len(into)}")
     try:
