@@ -103,6 +103,16 @@ class Checkpoint:
         return self._manifest.attempt.step
 
     @property
+    def codecs(self) -> list[str]:
+        """Those with which tensors of it are compressed; none where all are stored as they are."""
+        return sorted({index.codec for index in self._indexes if any(index.frames)})
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of its tensors, as they are on storage."""
+        return sum(size for index in self._indexes for size in index.stored_bytes)
+
+    @property
     def names(self) -> set[str]:
         """What the state had on any rank, by name."""
         return {name for tracked in self._tracked_by_rank().values() for name in tracked}
