@@ -28,7 +28,7 @@ from ftrain.storage.base import Effort
 from ftrain.storage.zarr_view import shard_index
 
 AHEAD = 2  # frames for each thread that are encoded, or being encoded, before they are written
-CHUNKS = 64  # of the largest that the pack can become: what is left of its last one is zeros
+CHUNKS = 1024  # of the largest that the pack can become: what is left of its last one is zeros
 
 _Bytes = bytes | memoryview
 

@@ -34,6 +34,11 @@ FLAGS = [
     ("--checkpoint-every 0s", "--checkpoint-every 0s"),
     ("--keep 0", "--keep 0: at least the newest commit has to be kept"),
     ("--persist-rate fast", "--persist-rate fast: give bytes a second such as 500MB, 2GB or 512MiB, or off"),
+    (
+        "--compress gzip",
+        "--compress gzip: there are zstd, blosc-zstd, blosc-lz4, each also with a level, as in zstd:9; or off",
+    ),
+    ("--compress zstd:23", "--compress zstd:23: the levels of zstd go from 1 to 22; or off"),
     ("--grace soon", "--grace soon: give a time such as 30s, 5m or 1h"),
     ("--lease 0s", "--lease 0s"),
     ("--redirects 4", "--redirects 4: give 0, 1 (stdout), 2 (stderr), 3 (both)"),

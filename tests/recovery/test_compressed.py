@@ -9,7 +9,6 @@ from pathlib import Path
 from ftrain.checkpoint.catalogue import find
 from ftrain.checkpoint.tools.verify import verify
 from ftrain.core.manifest import decode_index
-from ftrain.errors import ExitCode
 from tests.launching.harness import Cluster
 from tests.recovery import training
 from tests.recovery.account import Job, launch
@@ -45,12 +44,3 @@ def test_hurt_and_killed_run_with_compression_ends_as_an_unhurt_one_without(clus
     assert "zstd:9" in codecs(job.checkpoints()[-1])
     assert job.end() == unhurt.end()
     assert job.samples() == unhurt.samples()
-
-
-def test_codec_that_is_not_in_the_list_is_a_wrong_use_told_in_one_line(cluster: Cluster) -> None:
-    launcher = launch(cluster, Job(cluster.path / "job"), flags=("--compress", "gzip"))
-    assert launcher.wait() == ExitCode.USAGE
-    expected = (
-        "ftrain: --compress gzip: there are zstd, blosc-zstd, blosc-lz4, each also with a level, as in zstd:9; or off"
-    )
-    assert launcher.text.splitlines()[-1] == expected
