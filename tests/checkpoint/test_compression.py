@@ -162,6 +162,17 @@ def test_boxes_without_a_common_grid_are_arrays_of_their_own(storage: PosixStora
         assert found[f"w/box-{number:05d}"]["sha256"] == sha256(uneven[:, begin : begin + 176])
 
 
+def test_frames_that_end_elsewhere_than_shards_are_shown_box_by_box(
+    tiny: None, storage: PosixStorage, tmp_path: Path
+) -> None:
+    tensor = torch.arange(134, dtype=torch.uint8)  # 67 for each of two ranks: no whole number of frames
+    save(storage, ATTEMPT, 2, placed({"w": (tensor, ("S0",))}, line(2)), codec=BLOSC)
+    found = read_elsewhere(tmp_path / ATTEMPT.path)
+    assert found["w/box-00000"]["sha256"] == sha256(tensor[:67])
+    assert found["w/box-00001"]["sha256"] == sha256(tensor[67:])
+    check_equal_on(storage, 3, placed({"w": (tensor, ("S0",))}, line(3)))
+
+
 def test_state_that_can_be_compressed_takes_less_room(tmp_path: Path) -> None:
     state = {"w": torch.randn(500, 1000).bfloat16().float(), "small": torch.randn(3)}
     for name, codec in (("plain", None), ("packed", "blosc-zstd")):
