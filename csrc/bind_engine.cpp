@@ -102,9 +102,9 @@ Pack make_pack(nb::handle offsets, nb::handle addresses, nb::handle sizes, std::
 std::tuple<std::vector<std::uint32_t>, std::vector<std::uint32_t>> write_pack(const Pack& pack, int fd, unsigned threads,
                                                                               unsigned depth, int nice,
                                                                               std::uint64_t bytes_per_second_max,
-                                                                              const std::string& backend,
+                                                                              double processors_max, const std::string& backend,
                                                                               const nb::object& on_idle) {
-    const WriteOptions options{depth, bytes_per_second_max, CrewOptions{threads, nice}, backend_of(backend)};
+    const WriteOptions options{depth, bytes_per_second_max, processors_max, CrewOptions{threads, nice}, backend_of(backend)};
     nb::gil_scoped_release no_gil;
     Sums sums = pack.write(fd, options, idle_call(on_idle));
     return {std::move(sums.boxes), std::move(sums.chunks)};
@@ -171,7 +171,7 @@ void bind_engine(nb::module_& m) {
              "image"_a = 0)
         .def_prop_ro("nbytes", [](const Pack& self) { return self.geometry().image_bytes; })
         .def("write", &write_pack, "fd"_a, nb::kw_only(), "threads"_a = 1, "depth"_a = 8, "nice"_a = 0,
-             "bytes_per_second_max"_a = 0, "backend"_a = "any", "on_idle"_a.none() = nb::none());
+             "bytes_per_second_max"_a = 0, "processors_max"_a = 0.0, "backend"_a = "any", "on_idle"_a.none() = nb::none());
 
     m.def("fetch", &fetch_ranges, "files"_a, "file_numbers"_a, "sums"_a, "offsets"_a, "sizes"_a, "addresses"_a, nb::kw_only(),
           "threads"_a = 2, "depth"_a = 8, "block_bytes"_a = std::size_t{2} << 20, "backend"_a = "any",

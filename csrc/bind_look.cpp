@@ -147,11 +147,16 @@ private:
     bool all_in_host_memory_ = true;
 };
 
-// Calls `visit` with each object of the list until it answers false. The list must not change.
+// Calls `visit` with each object of the list until it answers false. The list must not change: after so many `at_a_time` (0:
+// never) other threads have the interpreter for a moment.
 template <class Prefetch, class Visit>
-bool visit_all(const nb::list& tensors, Prefetch prefetch, Visit visit) {
+bool visit_all(const nb::list& tensors, std::size_t at_a_time, Prefetch prefetch, Visit visit) {
     const std::size_t count = tensors.size();
     for (std::size_t i = 0; i < count; ++i) {
+        if (at_a_time != 0 && i % at_a_time == at_a_time - 1) {
+            nb::gil_scoped_release no_gil;
+            std::this_thread::sleep_for(REST);
+        }
         if (i + AHEAD < count) {
             prefetch(i + AHEAD);
         }
@@ -199,11 +204,7 @@ nb::object look(const nb::list& tensors, const nb::tuple& kinds, nb::handle caps
             }
         }
     };
-    const bool all = visit_all(tensors, prefetch, [&](std::size_t number, PyObject* tensor) {
-        if (at_a_time != 0 && number % at_a_time == at_a_time - 1) {
-            nb::gil_scoped_release no_gil;
-            std::this_thread::sleep_for(REST);
-        }
+    const bool all = visit_all(tensors, at_a_time, prefetch, [&](std::size_t, PyObject* tensor) {
         dlpack::Tensor described{};
         if (!is_one_of(kinds, tensor)) {
             return false;
@@ -223,7 +224,8 @@ nb::bytes bytes_of(const std::vector<Word>& words) {
     return nb::bytes(words.data(), words.size() * sizeof(Word));
 }
 
-nb::bytes counters(const nb::list& objects, nb::handle descriptor, const Look* before, const Anatomy* anatomy) {
+nb::bytes counters(const nb::list& objects, nb::handle descriptor, const Look* before, const Anatomy* anatomy,
+                   std::size_t at_a_time) {
     if (Py_TYPE(descriptor.ptr()) != &PyGetSetDescr_Type) {
         throw nb::type_error("counters: not the descriptor of an attribute that is computed");
     }
@@ -237,7 +239,7 @@ nb::bytes counters(const nb::list& objects, nb::handle descriptor, const Look* b
             before->prefetch(next);
         }
     };
-    visit_all(objects, prefetch, [&](std::size_t, PyObject* object) {
+    visit_all(objects, at_a_time, prefetch, [&](std::size_t, PyObject* object) {
         if (PyObject_TypeCheck(object, attribute->d_common.d_type) == 0) {
             throw nb::type_error("counters: an object has another type than the attribute is for");
         }
@@ -297,7 +299,7 @@ nb::object versions_if_same(const Look& before, const nb::list& tensors) {
     }
     std::vector<std::int64_t> found;
     found.reserve(before.size());
-    const bool all = visit_all(tensors, [&](std::size_t next) { before.prefetch_version(next); },
+    const bool all = visit_all(tensors, 0, [&](std::size_t next) { before.prefetch_version(next); },
                                [&](std::size_t number, const PyObject* tensor) {
                                    found.push_back(before.version_if_same(number, tensor));
                                    return found.back() >= 0;
@@ -333,7 +335,8 @@ void bind_look(nb::module_& m) {
     m.def("find_anatomy", &find_anatomy, "tensors"_a, "implementations"_a, "versions"_a);
     m.def("look", &look, "tensors"_a, "kinds"_a, "exchange"_a, "before"_a.none() = nb::none(), "anatomy"_a.none() = nb::none(),
           "at_a_time"_a = 0);
-    m.def("counters", &counters, "objects"_a, "descriptor"_a, "before"_a.none() = nb::none(), "anatomy"_a.none() = nb::none());
+    m.def("counters", &counters, "objects"_a, "descriptor"_a, "before"_a.none() = nb::none(), "anatomy"_a.none() = nb::none(),
+          "at_a_time"_a = 0);
 }
 
 }  // namespace ftrain

@@ -39,6 +39,7 @@ void run_signal_handlers();
 
 void bind_cuda(nanobind::module_& m);
 void bind_engine(nanobind::module_& m);
+void bind_fence(nanobind::module_& m);
 void bind_look(nanobind::module_& m);
 
 }  // namespace ftrain

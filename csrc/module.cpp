@@ -213,6 +213,7 @@ NB_MODULE(_native, m) {
     m.def("copy_batch", &copy_batch, "pairs"_a, "threads"_a = 1);
     ftrain::bind_cuda(m);
     ftrain::bind_engine(m);
+    ftrain::bind_fence(m);
     ftrain::bind_look(m);
     m.def("set_parent_death_signal", &ftrain::set_parent_death_signal, "signum"_a);
     m.def("set_child_subreaper", &ftrain::set_child_subreaper, "on"_a);

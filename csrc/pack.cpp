@@ -10,6 +10,7 @@
 #include <thread>
 #include <utility>
 
+#include "courtesy.hpp"
 #include "crc32c.hpp"
 #include "failure.hpp"
 #include "memory.hpp"
@@ -85,6 +86,7 @@ public:
         const Buffers last(1, ending_bytes());
         const std::unique_ptr<TransferQueue> queue = TransferQueue::make(options_.depth, options_.backend);
         Joiner joiner;
+        Courtesy courtesy(options_.processors_max);
         unsigned used = 0;
         const auto slot = [&] { return used < options_.depth ? used++ : queue->wait(); };
         while (!stop) {
@@ -94,6 +96,7 @@ public:
                 break;
             }
             keep_rate(begin_, offset, options_.bytes_per_second_max, stop);
+            courtesy.pause(stop);
             if (stop) {
                 break;
             }

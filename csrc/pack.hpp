@@ -28,6 +28,7 @@ struct Geometry {
 struct WriteOptions {
     unsigned depth = 8;  // transfers in flight in each thread
     std::uint64_t bytes_per_second_max = 0;
+    double processors_max = 0;  // that each thread takes while others wait for them; 0: no bound
     CrewOptions crew;
     TransferBackend backend = TransferBackend::any;
 };

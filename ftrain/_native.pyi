@@ -165,13 +165,32 @@ def look(
     """
 
 def counters(
-    objects: list[Any], descriptor: object, before: Look | None = None, anatomy: Anatomy | None = None
+    objects: list[Any],
+    descriptor: object,
+    before: Look | None = None,
+    anatomy: Anatomy | None = None,
+    at_a_time: int = 0,
 ) -> bytes:
     """An attribute of each object, as signed 64-bit words; `descriptor` is the attribute in their class.
 
     TypeError where it is another kind of descriptor or of other objects. Quicker with an earlier look at the objects.
-    With an anatomy the attribute is the version, and not asked where the counter is found.
+    With an anatomy the attribute is the version, and not asked where the counter is found. `at_a_time` is as in `look`.
     """
+
+class Fence:
+    """Tells when what the main thread is in right now, as native code that has let the GIL go, has come to its end.
+
+    It has passed when the main thread was between two instructions of Python after it was set.
+    """
+
+    def set(self) -> bool:
+        """Once. False where the interpreter takes no such call at the moment: then it never passes."""
+
+    def wait(self) -> bool:
+        """Until it has passed: True. False once it was dropped."""
+
+    def drop(self) -> None:
+        """Nobody is to wait for it any more. May be called at any time."""
 
 class Pack:
     """The bytes of a pack's file, of which the boxes lie where they are until they are written. docs/format.md.
@@ -205,14 +224,17 @@ class Pack:
         depth: int = 8,
         nice: int = 0,
         bytes_per_second_max: int = 0,
+        processors_max: float = 0.0,
         backend: str = "any",
         on_idle: Callable[[], object] | None = None,
     ) -> tuple[list[int], list[int]]:
         """Writes all of it from offset 0, and returns the crc32c of each box and of each chunk. Does not sync.
 
-        Each thread has `depth` transfers in flight, and as many buffers of a chunk where it needs them. Signal handlers
-        and `on_idle` run now and then; what they raise ends the work and comes out of here, and nothing is written any
-        more by then.
+        Each thread has `depth` transfers in flight, and as many buffers of a chunk where it needs them. While others
+        wait for the processors, each takes so much of one (0: no bound); where the kernel does not tell, all.
+
+        Signal handlers and `on_idle` run now and then; what they raise ends the work and comes out of here, and nothing
+        is written any more by then.
         """
 
 def fetch(

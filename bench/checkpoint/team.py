@@ -80,7 +80,7 @@ class Team:
         port = free_port()
         for rank in range(self.ranks):
             log = self._log.with_name(f"{self._log.name}-{rank}.txt")
-            self._children.append(Child([self.name, str(rank), str(self.ranks), str(port)], log))
+            self._children.append(Child(self.name, rank, self.ranks, port, log))
         self._answers(time.monotonic() + START_SECONDS_MAX)
 
     def _answers(self, deadline: float) -> list[dict[str, Any]]:
@@ -107,12 +107,13 @@ class Team:
 class Child:
     """One process, in a session of its own, so that Ctrl-C reaches only us and we end the others."""
 
-    def __init__(self, arguments: list[str], log: Path) -> None:
+    def __init__(self, name: str, rank: int, ranks: int, port: int, log: Path) -> None:
         environment = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+        environment |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}  # as every launcher tells them
         self._log = log
         with log.open("ab") as errors:
             self._process = subprocess.Popen(
-                [sys.executable, str(CHILD), *arguments],
+                [sys.executable, str(CHILD), name, str(rank), str(ranks), str(port)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,

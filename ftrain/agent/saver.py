@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import os
 import threading
@@ -11,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from ftrain.checkpoint.arena import Arena
-from ftrain.checkpoint.persist import BESIDE_TRAINING, persist_slot
+from ftrain.checkpoint.persist import NICE_BESIDE_TRAINING, beside_training, persist_slot
 from ftrain.checkpoint.unchanged import Memory
 from ftrain.core.codec import Codec
 from ftrain.core.messages import Attempt, PackRecord
@@ -25,7 +24,7 @@ THREADS_MAX = 8
 def _step_back() -> None:
     """A thread that looks for what has not changed leaves the processor to training."""
     with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), BESIDE_TRAINING.nice)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE_BESIDE_TRAINING)
 
 
 class Saver:
@@ -48,7 +47,7 @@ class Saver:
         self._pool = ThreadPoolExecutor(threads, "ftrain-saver", _step_back)
         # Each pack keeps to its share: what one does not use, since it is done already, is not given to the others.
         share = -(-bytes_per_second_max // threads)
-        self._effort = dataclasses.replace(BESIDE_TRAINING, bytes_per_second_max=share)
+        self._effort = beside_training(threads, share)
         self._codec = codec
         self._memory = Memory()
         self._cancelled: dict[Attempt, threading.Event] = {}

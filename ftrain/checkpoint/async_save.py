@@ -16,12 +16,14 @@ from ftrain.checkpoint.arena import Arena, Image
 from ftrain.checkpoint.job import Job, Jobs, State
 from ftrain.checkpoint.pack_plan import CleanSlots, PackPlan
 from ftrain.checkpoint.peers import Peers, peers, together
-from ftrain.checkpoint.persist import BESIDE_TRAINING
+from ftrain.checkpoint.persist import beside_training
 from ftrain.checkpoint.stage import StagePlan, Stager, Staging
 from ftrain.checkpoint.target import Target
 from ftrain.core.layout import TensorSpec
 from ftrain.errors import MismatchedState, UsageError
+from ftrain.storage import Opener
 from ftrain.storage.base import Effort
+from ftrain.storage.neighbours import Neighbours
 
 SLOTS = 2  # of the arena: one being written, one being filled
 
@@ -46,10 +48,10 @@ def async_save(
     began = time.perf_counter()
     if bytes_per_second_max < 0:
         raise UsageError(f"bytes_per_second_max={bytes_per_second_max}: give a number of bytes, or 0 for no bound")
-    effort = dataclasses.replace(BESIDE_TRAINING, bytes_per_second_max=bytes_per_second_max)
     group, engine = peers(), _engine()
+    effort = dataclasses.replace(engine.effort, bytes_per_second_max=bytes_per_second_max)
     try:
-        target, job = Target(path, step, keep, compress), engine.jobs.job(state)
+        target, job = Target(path, step, keep, compress, engine.opener), engine.jobs.job(state)
     except Exception:
         with together(group, f"saving {path}"):  # the other ranks are about to ask how it went
             raise
@@ -129,6 +131,8 @@ class _Engine:
     def __init__(self) -> None:
         self.pid = os.getpid()
         self.jobs = Jobs()
+        self.opener = Opener()
+        self.effort = beside_training(Neighbours.of_environment().ranks)
         self._plans = Plans()
         self._arena = Arena(_native.memory_file("ftrain-save"))
         self._stager = Stager()

@@ -82,10 +82,10 @@ def host_addresses(tensors: list[torch.Tensor]) -> array[int] | None:
     return array("Q", quick.addresses())
 
 
-def versions(tensors: list[torch.Tensor], before: Look | None = None) -> bytes:
-    """How often each tensor was changed in place, as signed 64-bit words. `before` is as in `look`."""
+def versions(tensors: list[torch.Tensor], before: Look | None = None, at_a_time: int = 0) -> bytes:
+    """How often each tensor was changed in place, as signed 64-bit words. The rest is as in `look`."""
     if isinstance(_version, GetSetDescriptorType):
-        return _native.counters(tensors, _version, _hint(before), _anatomy())
+        return _native.counters(tensors, _version, _hint(before), _anatomy(), at_a_time)
     return array("q", [tensor._version for tensor in tensors]).tobytes()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,7 +23,14 @@ from ftrain.storage.base import Effort, Storage
 from ftrain.storage.pack import Pack
 from ftrain.storage.zarr_view import pack_metadata, shard_index
 
-BESIDE_TRAINING = Effort(threads=1, nice=10)
+NICE_BESIDE_TRAINING = 10
+PROCESSORS_SHARE_MAX = 1 / 40  # of the node's, what persisting takes of them while training wants them all
+
+
+def beside_training(ranks: int, bytes_per_second_max: int = 0) -> Effort:
+    """How hard to work on the pack of one of `ranks`, written on this node at a time while they train."""
+    processors = len(os.sched_getaffinity(0)) * PROCESSORS_SHARE_MAX / ranks
+    return Effort(1, NICE_BESIDE_TRAINING, bytes_per_second_max, processors)
 
 
 def persist_slot(
@@ -32,7 +40,7 @@ def persist_slot(
     arena: Arena,
     slot: int,
     should_stop: Callable[[], bool],
-    effort: Effort = BESIDE_TRAINING,
+    effort: Effort | None = None,
     memory: Memory | None = None,
     base: Attempt | None = None,
     codec: Codec | None = None,
@@ -40,12 +48,14 @@ def persist_slot(
     """Write the pack that `slot` holds, and its index, durably: once this returned, the rank is prepared.
 
     With `memory`, boxes that the commit `base` has with the same bytes are referred to, and not written again. With
-    `codec`, what is written is compressed.
-    The slot must stay sealed meanwhile. Raises `CorruptCheckpoint` where it holds something else, and
-    `StorageError` where storage fails, or soon after `should_stop` answered True. What was written until then is
-    garbage that `retain` removes.
+    `codec`, what is written is compressed. The `effort` is by default that of one rank `beside_training`. The slot must
+    stay sealed meanwhile.
+
+    Raises `CorruptCheckpoint` where it holds something else, and `StorageError` where storage fails, or soon after
+    `should_stop` answered True. What was written until then is garbage that `retain` removes.
     """
     arena.attach()
+    effort = effort or beside_training(1)
     where = f"the snapshot of rank {rank} in slot {slot} of its arena"
     sealed = decode_index(arena.read_index(slot), where, sealed=True)
     image = arena.image(slot)

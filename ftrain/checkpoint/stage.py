@@ -6,11 +6,13 @@ is copied before `Stager.begin` returns. A tensor that was changed behind the ho
 then what was staged is refused, and that tensor is copied at once from then on.
 
 Of very many tensors the training thread reads the counters and no more. Where each lies is looked at by a thread before
-it begins to copy: one that was given other memory in between shows by that, and refuses what was staged as well.
+it begins to copy: one that was given other memory in between shows by that, and refuses what was staged as well. That
+thread compares the counters, too, where it can before an optimizer comes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -131,6 +133,7 @@ class Staging:
         self.moved: list[str] = []  # keys of what was given other memory before it could be copied
         self._lock = threading.Lock()
         self._checked = False
+        self._fence = _native.Fence()
         self._changed: list[int] = []
         self._wait_began = 0.0
         self._waited = 0.0
@@ -161,6 +164,7 @@ class Staging:
     def before_write(self) -> None:
         """To be called before what is copied late may change: waits for it, on the device where it is there."""
         self._wait_began = time.perf_counter()
+        self._fence.drop()
         try:
             if self.begun is not None:
                 self.begun.exception()  # raised by `finish`
@@ -172,6 +176,18 @@ class Staging:
         finally:
             self._waited += time.perf_counter() - self._wait_began
             self._wait_began = 0.0
+
+    def settle_beside(self) -> None:
+        """Compare the versions in this thread, once and for all, so that the training thread need not.
+
+        A change counts when it is done, and one may have been in progress when the copies ended: so the comparison
+        comes after the main thread, which is the one that trains, has come out of all that it was in by then.
+        """
+        if self.job is None:
+            return
+        self.job.wait()
+        if self._fence.set() and self._fence.wait():
+            self._check()
 
     def finish(self, *, for_now: bool = False) -> None:
         """Wait until everything is in its place. Raises `MismatchedState` where a tensor changed under the copy.
@@ -197,6 +213,7 @@ class Staging:
     def release(self) -> None:
         """Nobody waits for this any more."""
         _in_flight.discard(self)
+        self._fence.drop()
         self._tensors, self._guarded, self._checked = [], [], True
 
     def _raise(self) -> None:
@@ -219,7 +236,7 @@ class Staging:
         with self._lock:
             if self._checked:
                 return
-            now = versions(self._guarded, self._seen)
+            now = versions(self._guarded, self._seen, AT_A_TIME)
             if now != self._versions:
                 pairs = enumerate(zip(array("q", self._versions), array("q", now), strict=True))
                 self._changed = [place for place, (before, after) in pairs if before != after]
@@ -305,12 +322,16 @@ class Stager:
             now = look(tensors, before, AT_A_TIME)
             if now != before:
                 staging.moved = _moved(plan.keys, now, before)
-            else:
-                staging.job = copier.begin(copies, image.address)
+                return
+            staging.job = copier.begin(copies, image.address)
+            if by_main_thread:
+                with contextlib.suppress(RuntimeError):  # the interpreter ends: then those who wait compare
+                    looker.submit(staging.settle_beside)
 
         _in_flight.add(staging)
-        self._looker = self._looker or ThreadPoolExecutor(1, "ftrain-look")
-        staging.begun = self._looker.submit(look_and_begin)
+        by_main_thread = threading.current_thread() is threading.main_thread()
+        looker = self._looker = self._looker or ThreadPoolExecutor(1, "ftrain-look")
+        staging.begun = looker.submit(look_and_begin)
         return staging
 
     def _begin_on_device(self, plan: StagePlan, tensors: Sequence[torch.Tensor], image: Image) -> DeviceTicket:

@@ -23,7 +23,7 @@ from ftrain.core.codec import Codec
 from ftrain.core.manifest import MANIFEST_PATH, REFERENCES_PATH
 from ftrain.core.messages import Attempt, PackRecord
 from ftrain.errors import AlreadyExists, MismatchedState, UsageError
-from ftrain.storage import open_parent
+from ftrain.storage import Opener
 from ftrain.storage.base import Effort
 
 WRITER = "save"
@@ -43,11 +43,18 @@ _SAVED = msgspec.json.Decoder(_Saved)
 class Target:
     """Where one checkpoint goes: `path`, or, with `keep`, that name below it. Raises `UsageError` where it cannot."""
 
-    def __init__(self, path: str | Path, step: int, keep: str | None = None, compress: str | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        step: int,
+        keep: str | None = None,
+        compress: str | None = None,
+        opener: Opener | None = None,
+    ) -> None:
         self._codec = None if compress is None else _codec(compress)
         if step < 0:
             raise UsageError(f"step={step}: the number of a step cannot be negative")
-        self._storage, self._base = open_parent(path if keep is None else _kept(path, keep))
+        self._storage, self._base = (opener or Opener()).open(path if keep is None else _kept(path, keep))
         self._attempt = Attempt(1, step, 1)
 
     def __str__(self) -> str:

@@ -13,11 +13,15 @@ from ftrain.storage.pack import Pack, Stream
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How hard to work: threads, how far below the caller's priority, and a bound of bytes a second (0: none)."""
+    """How hard to work: threads, how far below the caller's priority, and bounds (0: none).
+
+    `processors_max` is what each thread may take of one processor while others wait for the processors, too.
+    """
 
     threads: int = 1
     nice: int = 0
     bytes_per_second_max: int = 0
+    processors_max: float = 0.0
 
 
 def _words() -> array[int]:

@@ -115,6 +115,7 @@ class PosixStorage:
                 threads=effort.threads,
                 nice=effort.nice,
                 bytes_per_second_max=effort.bytes_per_second_max,
+                processors_max=effort.processors_max,
                 on_idle=stop_if_over,
             )
 

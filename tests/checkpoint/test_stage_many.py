@@ -39,7 +39,7 @@ def three_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
 def image() -> Iterator[Image]:
     fd = _native.memory_file("test-stage")
     arena = Arena(fd)
-    arena.reserve(1, 1 << 20, 0, 0)
+    arena.reserve(1, 1 << 26, 0, 0)
     yield arena.image(0)
     arena.close()
     os.close(fd)
@@ -62,9 +62,9 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 class Snapshots:
     """Three parameters, copied once already."""
 
-    def __init__(self, image: Image) -> None:
-        self.tensors: list[torch.Tensor] = [torch.nn.Parameter(torch.randn(ELEMENTS)) for _ in range(3)]
-        self.plan = StagePlan(["a", "b", "c"], [place * align(4 * ELEMENTS) for place in range(3)], [True] * 3)
+    def __init__(self, image: Image, elements: int = ELEMENTS) -> None:
+        self.tensors: list[torch.Tensor] = [torch.nn.Parameter(torch.randn(elements)) for _ in range(3)]
+        self.plan = StagePlan(["a", "b", "c"], [place * align(4 * elements) for place in range(3)], [True] * 3)
         self.stager = Stager()
         self.image = image
         self.begin().finish()
@@ -194,10 +194,98 @@ def test_an_optimizer_waits_for_the_look_and_the_copy(image: Image, gate: thread
     assert [bits(tensor) for tensor in snapshots.tensors] != before
 
 
-def test_a_change_that_counts_only_when_it_is_done_voids_what_was_finished_for_now(image: Image) -> None:
+def _comparing(staging: Staging) -> threading.Event:
+    """Set once a thread beside the training has compared the versions, or has given that up."""
+    done, settle = threading.Event(), staging.settle_beside
+
+    def settle_and_tell() -> None:
+        settle()
+        done.set()
+
+    staging.settle_beside = settle_and_tell  # type: ignore[method-assign]
+    return done
+
+
+def test_a_change_that_counts_only_when_it_is_done_voids_the_snapshot(image: Image, gate: threading.Event) -> None:
+    """The copy takes place while an operation that counts its change at its end goes on in the main thread."""
+    snapshots = Snapshots(image, elements=1 << 22)
+    changed = snapshots.tensors[2].detach().fill_(2.0)
+    staging = snapshots.begin()
+    before, counted = changed._version, []
+
+    def copy_in_the_middle_of_it() -> None:
+        while changed[0].item() == 2.0:
+            pass
+        gate.set()
+        staging.finish(for_now=True)  # what there is to see as yet
+        counted.append(changed._version)
+
+    copying = threading.Thread(target=copy_in_the_middle_of_it)
+    copying.start()
+    changed.polygamma_(3)  # some 100 ns an element
+    copying.join()
+    assert counted == [before], "the operation was over before the copy: this shows nothing"
+    with pytest.raises(MismatchedState, match=r"^c changed outside"):
+        staging.settle()
+
+
+def test_versions_are_compared_beside_the_training_before_an_optimizer_comes(
+    image: Image, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared_by: list[threading.Thread] = []
+
+    def noted(tensors: list[torch.Tensor], before: object = None, at_a_time: int = 0) -> bytes:
+        compared_by.append(threading.current_thread())
+        return versions(tensors, before, at_a_time)  # type: ignore[arg-type]
+
+    snapshots = Snapshots(image)
+    monkeypatch.setattr(stage, "versions", noted)
+    staging = snapshots.begin()
+    done = _comparing(staging)
+    gate.set()
+    while not done.is_set():
+        pass
+    staging.before_write()
+    _in_place(snapshots.tensors[2])
+    staging.finish()
+    assert [thread.name[:11] for thread in compared_by] == ["ftrain-look"]
+
+
+def test_an_optimizer_that_comes_while_the_main_thread_is_waited_for_compares_itself(
+    image: Image, gate: threading.Event
+) -> None:
+    """The training thread is in native code from the boundary to the optimizer."""
     snapshots = Snapshots(image)
     staging = snapshots.begin()
-    staging.finish(for_now=True)  # in another thread, in the middle of the change
+    done = _comparing(staging)
+    lock, came = threading.Lock(), []
+
+    def step() -> None:
+        _in_place(snapshots.tensors[1])
+        gate.set()
+        staging.before_write()
+        came.append(done.wait(60))
+        lock.release()
+
+    lock.acquire()
+    threading.Thread(target=step).start()
+    lock.acquire()  # native code, from which nothing but that thread gets us
+    assert came == [True]
+    with pytest.raises(MismatchedState, match=r"^b changed outside"):
+        staging.finish()
+
+
+def test_snapshot_of_another_thread_than_the_main_one_is_compared_by_that_thread(
+    image: Image, gate: threading.Event
+) -> None:
+    snapshots = Snapshots(image)
+    begun: list[Staging] = []
+    other = threading.Thread(target=lambda: begun.append(snapshots.begin()))
+    other.start()
+    other.join()
+    gate.set()
+    staging = begun[0]
+    staging.finish(for_now=True)
     _in_place(snapshots.tensors[2])
     with pytest.raises(MismatchedState, match=r"^c changed outside"):
         staging.settle()

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -274,6 +275,56 @@ def test_niceness_is_that_of_the_writing_threads_alone(tmp_path: Path) -> None:
         )
     assert seen == {min(19, mine + 5)}
     assert os.getpriority(os.PRIO_PROCESS, 0) == mine
+
+
+@contextmanager
+def contended_processor() -> Iterator[None]:
+    """This thread and those that it makes have one processor, and share it with a process that never rests."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+            try:
+                yield
+            finally:
+                other.kill()
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+LARGE = Layout(((0, random_bytes(5, 64 << 20)),), chunks=64, chunk_bytes=1 << 20)  # some milliseconds of a processor
+
+
+def test_write_beside_others_takes_no_more_of_the_processor_than_it_may(tmp_path: Path) -> None:
+    """A millionth of a processor: once it had to wait, the next millisecond is due after a quarter of an hour."""
+    looks = 0
+
+    def stop_after_a_second() -> None:
+        nonlocal looks
+        looks += 1
+        if looks == 50:
+            raise Stopped
+
+    memory = Memory(LARGE.image_bytes)
+    pack = LARGE.pack(memory, in_place=True)
+    with contended_processor(), opened(tmp_path / "pack", os.O_WRONLY | os.O_CREAT) as descriptor:
+        pack.write(descriptor, nice=10)  # it is not the processor that is too slow
+        with pytest.raises(Stopped):
+            pack.write(descriptor, nice=10, processors_max=1e-6, on_idle=stop_after_a_second)
+
+
+def test_write_that_never_waits_for_a_processor_takes_all_that_it_can_use(tmp_path: Path) -> None:
+    memory = Memory(LARGE.image_bytes)
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))  # nobody else is let in before it
+    except PermissionError:
+        pytest.skip("real-time scheduling is not allowed here")
+    try:
+        with opened(tmp_path / "pack", os.O_WRONLY | os.O_CREAT) as descriptor:
+            found = LARGE.pack(memory, in_place=True).write(descriptor, processors_max=1e-6)
+    finally:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    check_file(tmp_path / "pack", LARGE, found)
 
 
 SLOW_WRITE = """

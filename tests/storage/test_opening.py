@@ -10,7 +10,7 @@ import pytest
 
 from ftrain.cli.options import run_place
 from ftrain.errors import StorageError, UsageError
-from ftrain.storage import PosixStorage, open_parent, open_storage
+from ftrain.storage import Opener, PosixStorage, open_parent, open_storage
 from ftrain.storage.object_store import ObjectStorage
 
 
@@ -84,3 +84,17 @@ def test_plain_http_to_azure_or_gcs_is_used_only_for_an_endpoint_that_says_so(
     monkeypatch.setenv(name, "127.0.0.1:9")
     with pytest.raises(UsageError, match=f"^{name}=127.0.0.1:9: give a URL such as"):
         open_storage(f"{scheme}://bucket/run")
+
+
+def test_an_opener_gives_one_storage_for_what_is_below_one_directory(tmp_path: Path) -> None:
+    opener = Opener()
+    first, name = opener.open(tmp_path / "a" / "1")
+    assert (first.url, name) == (str(tmp_path / "a"), "1")
+    assert opener.open(f"{tmp_path}/a//2/") == (first, "2")
+    other, name = opener.open(tmp_path / "b" / "1")
+    assert (other.url, name) == (str(tmp_path / "b"), "1")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "link").symlink_to(tmp_path / "a" / "3")
+    assert opener.open(tmp_path / "b" / "link")[1] == "3"
+    with pytest.raises(UsageError):
+        opener.open("/")

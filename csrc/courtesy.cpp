@@ -1,0 +1,73 @@
+#include "courtesy.hpp"
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <charconv>
+#include <system_error>
+#include <thread>
+
+namespace ftrain {
+
+namespace {
+
+constexpr auto LOOK_EVERY = std::chrono::milliseconds(20);
+constexpr auto WINDOW = std::chrono::milliseconds(2);  // of running: shorter ones tell more of chance than of others
+
+}  // namespace
+
+Courtesy::Courtesy(double processors_max) : processors_max_(processors_max), since_(Clock::now()) {
+    if (processors_max_ > 0) {
+        fd_ = open("/proc/thread-self/schedstat", O_RDONLY | O_CLOEXEC);
+        last_ = schedule().value_or(Schedule{});
+    }
+}
+
+Courtesy::~Courtesy() {
+    if (fd_ >= 0) {
+        close(fd_);
+    }
+}
+
+std::optional<Courtesy::Schedule> Courtesy::schedule() const {
+    std::array<char, 96> text{};
+    const ssize_t length = fd_ < 0 ? -1 : pread(fd_, text.data(), text.size(), 0);
+    if (length <= 0) {
+        return std::nullopt;
+    }
+    std::array<std::int64_t, 2> found{};  // "ran waited slices"
+    const char* at = text.data();
+    const char* const end = at + length;
+    for (std::int64_t& value : found) {
+        const auto [after, problem] = std::from_chars(at, end, value);
+        if (problem != std::errc()) {
+            return std::nullopt;
+        }
+        at = std::min(end, after + 1);
+    }
+    return Schedule{Nanoseconds(found[0]), Nanoseconds(found[1])};
+}
+
+void Courtesy::pause(const std::atomic<bool>& stop) {
+    const auto now = schedule();
+    if (!now.has_value()) {
+        return;
+    }
+    const Nanoseconds ran = now->ran - last_.ran;
+    if (ran < WINDOW) {
+        return;
+    }
+    if (now->waited - last_.waited > ran) {
+        const auto due = std::chrono::duration_cast<Clock::duration>(ran / processors_max_);
+        for (auto left = due - (Clock::now() - since_); left > Clock::duration(0) && !stop;
+             left = due - (Clock::now() - since_)) {
+            std::this_thread::sleep_for(std::min<Clock::duration>(left, LOOK_EVERY));
+        }
+    }
+    last_ = *now;
+    since_ = Clock::now();
+}
+
+}  // namespace ftrain
