@@ -37,6 +37,7 @@ private:
 // To be called without the GIL when a system call was interrupted: throws what a signal handler raised.
 void run_signal_handlers();
 
+void bind_columns(nanobind::module_& m);
 void bind_cuda(nanobind::module_& m);
 void bind_engine(nanobind::module_& m);
 void bind_fence(nanobind::module_& m);

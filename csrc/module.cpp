@@ -211,6 +211,7 @@ NB_MODULE(_native, m) {
     m.def("crc32c_address", &crc32c_address, "address"_a, "nbytes"_a, "value"_a = 0);
     m.def("crc32c_backend", &ftrain::crc32c_backend);
     m.def("copy_batch", &copy_batch, "pairs"_a, "threads"_a = 1);
+    ftrain::bind_columns(m);
     ftrain::bind_cuda(m);
     ftrain::bind_engine(m);
     ftrain::bind_fence(m);

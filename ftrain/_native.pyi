@@ -192,6 +192,23 @@ class Fence:
     def drop(self) -> None:
         """Nobody is to wait for it any more. May be called at any time."""
 
+def column(records: Sequence[Any], member: object) -> list[Any]:
+    """A member of each record, by its descriptor in their class, which has slots: read where it lies.
+
+    Here and below records are in a list or a tuple. TypeError for records of another class, and other descriptors.
+    """
+
+def column_words(records: Sequence[Any], member: object) -> bytes:
+    """As `column`, of integers as unsigned 64-bit words."""
+
+def column_is(records: Sequence[Any], member: object, value: object) -> bool:
+    """Whether the member of each record is this object."""
+
+def columns_equal(
+    left: Sequence[Any], left_members: Sequence[object], right: Sequence[Any], right_members: Sequence[object]
+) -> bool:
+    """Whether there are as many records, and the members of each are equal to those of its counterpart, in pairs."""
+
 class Pack:
     """The bytes of a pack's file, of which the boxes lie where they are until they are written. docs/format.md.
 

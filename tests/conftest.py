@@ -28,6 +28,7 @@ LONGEST = (
     "tools/test_story.py",
     "simulator/",
     "crash/",
+    "power/",
     "checkpoint/test_bench_checkpoint.py",
     "native/test_native_cuda_staging.py",
     "worker/test_worker_data.py",

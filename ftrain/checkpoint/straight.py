@@ -5,37 +5,33 @@ It is planned by columns, not tensor by tensor: of tens of thousands the plan wo
 
 from __future__ import annotations
 
-import operator
+from array import array
 from collections.abc import Sequence
 
+from ftrain._native import column, column_is, column_words, columns_equal
 from ftrain.checkpoint.items import TensorItem
 from ftrain.checkpoint.look import host_addresses
-from ftrain.core.manifest import PackIndex
+from ftrain.core.layout import TensorSpec
+from ftrain.core.manifest import BoxRecord, PackIndex
 from ftrain.storage.base import Ranges
 
-_wanted = operator.attrgetter("key", "shape", "shape", "dtype", "private")
-_saved = operator.attrgetter("key", "shape", "box_shape", "dtype", "private")
-_mesh = operator.attrgetter("mesh")
-_private = operator.attrgetter("private")
-_offset = operator.attrgetter("offset")
-_nbytes = operator.attrgetter("nbytes")
-_spec = operator.attrgetter("spec")
-_local = operator.attrgetter("local")
+_WANTED = (TensorSpec.key, TensorSpec.shape, TensorSpec.shape, TensorSpec.dtype)
+_SAVED = (BoxRecord.key, BoxRecord.shape, BoxRecord.box_shape, BoxRecord.dtype)
 
 
 def add_straight(items: Sequence[TensorItem], index: PackIndex, pack: int, ranges: Ranges) -> bool:
     """Add a range for each item, in their order; False where the items are not just what the pack holds."""
-    boxes, specs = index.boxes, list(map(_spec, items))
-    if index.frames or len(boxes) != len(specs) or list(map(_wanted, specs)) != list(map(_saved, boxes)):
+    boxes, specs = index.boxes, column(items, TensorItem.spec)
+    if index.frames or not (column_is(specs, TensorSpec.mesh, None) and columns_equal(specs, _WANTED, boxes, _SAVED)):
         return False
-    if any(map(_private, boxes)) or list(map(_mesh, specs)).count(None) != len(specs):
+    if not (column_is(specs, TensorSpec.private, False) and column_is(boxes, BoxRecord.private, False)):
         return False
-    addresses = host_addresses(list(map(_local, items)))
+    addresses = host_addresses(column(items, TensorItem.local))
     if addresses is None:
         return False
-    ranges.files.extend([pack] * len(boxes))
+    ranges.files.extend(array("Q", [pack]) * len(boxes))
     ranges.sums.extend(index.box_crc32c)
-    ranges.offsets.extend(list(map(_offset, boxes)))
-    ranges.sizes.extend(list(map(_nbytes, boxes)))
+    ranges.offsets.frombytes(column_words(boxes, BoxRecord.offset))
+    ranges.sizes.frombytes(column_words(boxes, BoxRecord.nbytes))
     ranges.addresses.extend(addresses)
     return True

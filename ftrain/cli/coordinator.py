@@ -21,7 +21,7 @@ from ftrain.core.run_state import Exit, RunPolicy
 from ftrain.core.supervision import RestartPolicy
 from ftrain.errors import ExitCode
 from ftrain.spec import LOOPBACK_HOSTS, STOP_GRACE_SECONDS
-from ftrain.storage import Storage, open_storage
+from ftrain.storage import Storage, open_run
 
 log = logging.getLogger("ftrain")
 
@@ -59,7 +59,7 @@ def coordinator(
     host, port = options.endpoint(rdzv_endpoint)
     url, place = options.run_place(run_dir, "--run-dir")
     directory = options.directory(place, "--run-dir", lambda path: path.mkdir(parents=True, exist_ok=True))
-    storage = open_storage(url or str(directory))
+    storage = open_run(url or str(directory))
     storage.check()
     exit = asyncio.run(_serve(policy, storage, directory, Secret.load(secret), host, port))
     log.info("%s", exit.summary.partition("\n")[0])

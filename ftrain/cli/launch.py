@@ -116,6 +116,13 @@ def launch(
         str,
         typer.Option("--compress", help="Checkpoints: zstd, blosc-zstd or blosc-lz4, with a level: zstd:9; or off."),
     ] = "off",
+    disks: Annotated[
+        str,
+        typer.Option(
+            "--disks",
+            help="DIR1,DIR2: checkpoints are spread over the run directory and these, which all nodes see alike.",
+        ),
+    ] = "",
     secret: Annotated[
         Path | None, typer.Option("--secret", help="The run's secret (`ftrain secret FILE`), for several nodes.")
     ] = None,
@@ -173,6 +180,7 @@ def launch(
         peer_copies=options.switch(peer_copies, "--peer-copies"),
         persist_bytes_per_second_max=options.rate(persist_rate, "--persist-rate"),
         compress=options.codec(compress, "--compress"),
+        disks=options.disks(disks),
         store_url=store_url,
     )
     raise typer.Exit(run_job(spec))

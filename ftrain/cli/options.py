@@ -116,6 +116,14 @@ def codec(text: str, flag: str) -> Codec | None:
         raise UsageError(f"{flag} {text}: {error}; or off") from None
 
 
+def disks(text: str) -> tuple[str, ...]:
+    """Directories, separated by commas, as absolute paths; links in them stay, as other nodes may have others."""
+    for name in text.split(",") if text else ():
+        if not name or is_url(name):
+            raise UsageError(f"--disks {text}: give directories, separated by commas")
+    return tuple(os.path.abspath(name) for name in text.split(",")) if text else ()
+
+
 def switch(text: str, flag: str) -> bool:
     """`on` or `off`."""
     if text not in ("on", "off"):

@@ -30,7 +30,7 @@ from ftrain.core import node
 from ftrain.core.membership import FormationPolicy
 from ftrain.errors import ExitCode, FtrainError, Unavailable, UsageError
 from ftrain.spec import JobSpec
-from ftrain.storage import open_storage
+from ftrain.storage import open_run
 
 log = logging.getLogger("ftrain")
 WHEREABOUTS = "coordinator.json"
@@ -45,8 +45,8 @@ def run_job(spec: JobSpec) -> int:
     if spec.store_url:
         log.info("run in %s; logs, events and the secret in %s", spec.store_url, spec.run_dir)
     else:
-        log.info("run directory %s", spec.run_dir)
-    open_storage(spec.storage).check()
+        log.info("run directory %s%s", spec.run_dir, f", disks {', '.join(spec.disks)}" if spec.disks else "")
+    open_run(spec.storage, spec.disks).check()
     try:
         exit = asyncio.run(_run(spec, secret))
     except KeyboardInterrupt:
@@ -94,7 +94,7 @@ async def _run(spec: JobSpec, secret: Secret) -> node.Exit:
     if host is not None:
         address, port = ("127.0.0.1" if topology.loopback else topology.host), host[1]
     client = Client(f"[{address}]:{port}" if ":" in address else f"{address}:{port}", secret)
-    agent = Agent(spec, await _hello(spec, address, port), client, open_storage(spec.storage), secret)
+    agent = Agent(spec, await _hello(spec, address, port), client, open_run(spec.storage, spec.disks), secret)
     agent_task = asyncio.create_task(agent.run())
     if host is None:
         exit = await agent_task
@@ -130,7 +130,7 @@ async def _host(spec: JobSpec, secret: Secret) -> tuple[tuple[CoordinatorHost, i
     policy = run_policy(
         spec.run_id, formation, spec.restart, spec.checkpoint, spec.lease_seconds, spec.stop_grace_seconds
     )
-    host = CoordinatorHost(policy, open_storage(spec.storage), secret, hosts, topology.port, spec.run_dir)
+    host = CoordinatorHost(policy, open_run(spec.storage), secret, hosts, topology.port, spec.run_dir)
     try:
         port = await host.start()
     except Unavailable as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ftrain.storage.base import Storage
-from ftrain.storage.opening import Opener, open_in_run, open_parent, open_storage
+from ftrain.storage.opening import Opener, open_in_run, open_parent, open_run, open_storage
 from ftrain.storage.posix import PosixStorage
 
-__all__ = ["Opener", "PosixStorage", "Storage", "open_in_run", "open_parent", "open_storage"]
+__all__ = ["Opener", "PosixStorage", "Storage", "open_in_run", "open_parent", "open_run", "open_storage"]

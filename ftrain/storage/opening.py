@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from ftrain.errors import UsageError
 from ftrain.storage.base import Storage
 from ftrain.storage.posix import PosixStorage
+from ftrain.storage.spread import SpreadStorage, has_disks
 
 SCHEMES = ("s3", "gs", "az")
 _ATTEMPT = re.compile(r"checkpoints/step-\d+/g\d+-a\d+")
@@ -32,7 +34,21 @@ def open_storage(url: str) -> Storage:
         raise UsageError("an empty path cannot be a storage directory; name a directory")
     if Path(url).exists() and not Path(url).is_dir():
         raise UsageError(f"{url} is not a directory; name a directory that can be written to")
-    return PosixStorage(url)
+    return SpreadStorage(url) if has_disks(url) else PosixStorage(url)
+
+
+def open_run(url: str, disks: Sequence[str] = ()) -> Storage:
+    """The storage of a run that goes on here: its new packs are spread over its directory and `disks`.
+
+    Packs that other nodes write to disks of theirs are found, too. Raises `UsageError` as `open_storage` does, and for
+    disks where the run is in an object store.
+    """
+    storage = open_storage(url)
+    if isinstance(storage, PosixStorage):
+        return SpreadStorage(storage.url, disks)
+    if disks:
+        raise UsageError(f"--disks {','.join(disks)}: only a run in a directory has disks; {url} is an object store")
+    return storage
 
 
 def open_parent(place: str | Path) -> tuple[Storage, str]:

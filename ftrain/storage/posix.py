@@ -90,15 +90,20 @@ class PosixStorage:
             return False
         except OSError as error:
             raise _failure("cannot confirm", target, error) from error
+        return self._make_durable(path, target)
+
+    def _make_durable(self, path: str, file: Path) -> bool:
+        """The content of `file`, and the name `path` that leads to it; False where it is gone meanwhile."""
+        place = self._path(path)
         try:
-            self._sync_directories(target.parent)
-            _sync(target)
-            _sync(target.parent)
+            self._sync_directories(place.parent)
+            _sync(file)
+            _sync(place.parent)
         except FileNotFoundError:
             return False
         except OSError as error:
             self._doubtful.add(path)
-            raise _failure("cannot confirm", target, error) from error
+            raise _failure("cannot confirm", place, error) from error
         return True
 
     def write_pack(
@@ -261,30 +266,47 @@ class PosixStorage:
     def _create(self, path: str, nbytes: int, flags: int, write: Callable[[int], _T]) -> _T:
         target = self._path(path)
         temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
-        try:
-            self._make_directories(target.parent)
-            self._within(path)
-            result = _write_synced(temporary, flags, write)
-            _link(temporary, target)
-        except _LinkUnknown as error:
-            raise UnknownOutcome(f"{target} may or may not have been made: {error}") from error
-        except OSError as error:
-            if flags & os.O_DIRECT and error.errno == errno.EINVAL:
-                raise _NoDirectIO from error
-            raise _failure(f"cannot write {nbytes} bytes to", target, error) from error
-        else:
+
+        def put() -> _T:
             try:
-                _sync(target.parent)
+                result = _write_synced(temporary, flags, write)
+                _link(temporary, target)
             except OSError as error:
-                self._doubtful.add(path)
-                raise UnknownOutcome(
-                    f"{target} was written, but its directory could not be synced ({os.strerror(error.errno or 0)}): "
-                    "it may be gone after a crash; check the disk"
-                ) from error
+                if flags & os.O_DIRECT and error.errno == errno.EINVAL:
+                    raise _NoDirectIO from error
+                raise
             return result
+
+        try:
+            return self._put(path, f"cannot write {nbytes} bytes to", put)
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+    def _refer(self, path: str, to: str) -> None:
+        """Make `path` a symbolic link to what is durable already; raises as `create`."""
+        self._put(path, "cannot make a link at", lambda: _symlink(to, self._path(path)))
+
+    def _put(self, path: str, what: str, put: Callable[[], _T]) -> _T:
+        """Make the name `path` by `put`, in directories that are durable, and then make it durable itself."""
+        target = self._path(path)
+        try:
+            self._make_directories(target.parent)
+            self._within(path)
+            result = put()
+        except _LinkUnknown as error:
+            raise UnknownOutcome(f"{target} may or may not have been made: {error}") from error
+        except OSError as error:
+            raise _failure(what, target, error) from error
+        try:
+            _sync(target.parent)
+        except OSError as error:
+            self._doubtful.add(path)
+            raise UnknownOutcome(
+                f"{target} was written, but its directory could not be synced ({os.strerror(error.errno or 0)}): "
+                "it may be gone after a crash; check the disk"
+            ) from error
+        return result
 
     def _make_directories(self, directory: Path) -> None:
         """Make what is missing, durably. Another process may remove an emptied directory meanwhile: then once more."""
@@ -404,12 +426,22 @@ def _of_files(ranges: Ranges, first: int, end: int) -> tuple[Ranges, list[int]]:
 
 
 def _link(temporary: Path, target: Path) -> None:
+    # Over NFS a link whose reply was lost is asked for again, and then finds its own work.
+    _name(lambda: os.link(temporary, target), lambda: temporary.stat().st_nlink >= 2)
+
+
+def _symlink(to: str, place: Path) -> None:
+    # Who has just made what it leads to is the only one who makes this link: what is there is its own work.
+    _name(lambda: place.symlink_to(to), lambda: str(place.readlink()) == to)
+
+
+def _name(make: Callable[[], None], is_made: Callable[[], bool]) -> None:
+    """Make a name that nobody may have taken. Raises `OSError` where it was not made, `_LinkUnknown` in doubt."""
     try:
-        os.link(temporary, target)
+        make()
     except OSError as error:
-        # Over NFS a link whose reply was lost is asked for again, and then finds its own work.
         with contextlib.suppress(OSError):
-            if temporary.stat().st_nlink >= 2:
+            if is_made():
                 return
         if isinstance(error, FileExistsError) or error.errno in _LINK_REFUSED:
             raise

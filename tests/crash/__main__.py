@@ -11,7 +11,8 @@ import sys
 import time
 
 from tests.crash.bugs import BUGS
-from tests.crash.plan import find, search_all, search_store
+from tests.crash.plan import find, search_all, search_disks, search_store
+from tests.crash.scenes import on_two_disks
 from tests.crash.search import searching
 from tests.crash.store import StoreSearch
 
@@ -27,10 +28,13 @@ def main() -> None:
         sys.exit(0 if find_bugs(arguments.seed) else 1)
     with searching(seed=arguments.seed, progress=lambda line: print(line, flush=True)) as search:
         search_all(search, arguments.states)
+        with searching(seed=arguments.seed, progress=print, moment_max=16, opens=on_two_disks) as disks:
+            search_disks(disks, arguments.states // 10)
         store = StoreSearch(arguments.seed, progress=lambda line: print(line, flush=True))
         search_store(store, arguments.states // 50)
-        violations = [*search.report.violations, *store.report.violations]
-        print("\n".join([search.report.total(), f"store: {store.report.total()}", *violations[:20]]))
+        violations = [*search.report.violations, *disks.report.violations, *store.report.violations]
+        totals = [search.report.total(), f"disks: {disks.report.total()}", f"store: {store.report.total()}"]
+        print("\n".join([*totals, *violations[:20]]))
         print(f"{time.monotonic() - began:.0f} s")
         sys.exit(1 if violations else 0)
 

@@ -63,6 +63,7 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
     "fsync directory": (Fault(errno.EIO), Fault(errno.ENOSPC), Fault(errno.ESTALE)),
     "close": (Fault(errno.EIO, done=True), Fault(errno.ENOSPC, done=True), Fault(errno.ESTALE, done=True)),
     "link": (*_REFUSED, *_LOST, Fault(errno.EEXIST, done=True)),
+    "symlink": (*_REFUSED, *_LOST, Fault(errno.EEXIST, done=True)),
     "rename": (*_REFUSED, *_LOST),
     "unlink": (Fault(errno.EIO), Fault(errno.ESTALE), *_LOST, Fault(errno.ENOENT, done=True)),
     "rmdir": (Fault(errno.EIO), Fault(errno.ESTALE), *_LOST, Fault(errno.ENOENT, done=True)),
@@ -173,6 +174,16 @@ class Recorder:
 
     def _link(self, source: Any, target: Any, **more: Any) -> None:
         self._double("link", source, target, **more)
+
+    def _symlink(self, to: Any, path: Any, target_is_directory: bool = False) -> None:
+        place = self._place(path, None)
+        assert place is not None
+
+        def do() -> None:
+            self._call("symlink", to, path, target_is_directory)
+            self.ops.append(Op("symlink", place, os.fspath(to)))
+
+        self._made("symlink", do)
 
     def _rename(self, source: Any, target: Any, **more: Any) -> None:
         self._double("rename", source, target, **more)
@@ -295,7 +306,8 @@ class Recorder:
 
 
 _WRAPPED = (
-    "open", "write", "fsync", "close", "mkdir", "rmdir", "unlink", "link", "rename", "stat", "listdir", "fstat",
+    "open", "write", "fsync", "close", "mkdir", "rmdir", "unlink", "link", "symlink", "rename", "stat",
+    "listdir", "fstat",
 )  # fmt: skip
 
 

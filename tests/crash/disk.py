@@ -16,17 +16,17 @@ from math import prod
 
 BLOCK_BYTES = 4096
 
-# What a state is made of: a file is its content, a directory is sorted (name, what is there).
-State = bytes | tuple[tuple[str, "State"], ...]
+# What a state is made of: a file is its content, a link is where it leads, a directory is sorted (name, what is there).
+State = bytes | str | tuple[tuple[str, "State"], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Op:
     """Something that was done to the file system, in order."""
 
-    kind: str  # mkdir, create, write, sync, link, rename, unlink, rmdir
+    kind: str  # mkdir, create, write, sync, link, symlink, rename, unlink, rmdir
     path: str
-    other: str = ""  # where `link` and `rename` go
+    other: str = ""  # where `link` and `rename` go, and what `symlink` leads to
     content: bytes = b""  # of the whole file, after `write`
     failed: bool = False  # `sync`
 
@@ -65,7 +65,14 @@ class _Directory:
                 self.durable[name] = changes[-1]
 
 
-_Node = _File | _Directory
+@dataclass(frozen=True, slots=True)
+class _Link:
+    """On the disk with its name: all of it, or nothing."""
+
+    to: str
+
+
+_Node = _File | _Directory | _Link
 
 
 class Disk:
@@ -96,6 +103,8 @@ class Disk:
                 to.put(other, directory.get(name))
                 if op.kind == "rename":
                     directory.put(name, None)
+            case "symlink":
+                directory.put(name, _Link(op.other))
             case "unlink" | "rmdir":
                 directory.put(name, None)
 
@@ -172,12 +181,16 @@ def _choices(directory: _Directory) -> list[tuple[str, list[_Node | None]]]:
 def _count(node: _Node) -> int:
     if isinstance(node, _File):
         return len(variants(node))
+    if isinstance(node, _Link):
+        return 1
     return prod(sum(1 if choice is None else _count(choice) for choice in nodes) for _, nodes in _choices(node))
 
 
 def _states(node: _Node) -> list[State]:
     if isinstance(node, _File):
         return list(variants(node))
+    if isinstance(node, _Link):
+        return [node.to]
     names, options = [], []
     for name, nodes in _choices(node):
         names.append(name)
@@ -194,6 +207,8 @@ def _states(node: _Node) -> list[State]:
 def _drawn(node: _Node, dice: random.Random) -> State:
     if isinstance(node, _File):
         return dice.choice(variants(node))
+    if isinstance(node, _Link):
+        return node.to
     found = []
     for name, nodes in _choices(node):
         choice = dice.choice(nodes)
@@ -205,6 +220,8 @@ def _drawn(node: _Node, dice: random.Random) -> State:
 def _seen(node: _Node) -> State:
     if isinstance(node, _File):
         return node.current
+    if isinstance(node, _Link):
+        return node.to
     seen = [(name, node.get(name)) for name in sorted(node.durable.keys() | node.pending.keys())]
     return tuple((name, _seen(child)) for name, child in seen if child is not None)
 
@@ -212,4 +229,6 @@ def _seen(node: _Node) -> State:
 def _built(state: State) -> _Node:
     if isinstance(state, bytes):
         return _File(state, state)
+    if isinstance(state, str):
+        return _Link(state)
     return _Directory({name: _built(child) for name, child in state})

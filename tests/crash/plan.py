@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from tests.crash import scenes
 from tests.crash.bugs import BUGS, planted
-from tests.crash.search import Search, searching
+from tests.crash.judge import Expected
+from tests.crash.search import Begin, Search, searching
 from tests.crash.store import StoreSearch
 
 
@@ -39,6 +40,23 @@ def search_all(search: Search, states: int) -> None:
     search.crash_in_recovery("retire: a crash, a crash", retire, take_over, full, 2 * share, runs=20)
     left = max(0, states - sum(search.report.distinct.values()))
     search.crash_in_recovery("commit: a crash, an error, a crash", commit, take_over, one, left, 120, errors=True)
+
+
+def search_disks(search: Search, states: int) -> None:
+    """The same on two disks, in each class about a tenth of so many states."""
+    nothing: Begin = ((), Expected())
+    commit, retire, take_over = scenes.commit, scenes.retire, scenes.take_over
+    one, share = scenes.one_commit(search), states // 10
+    search.crash("disks, begun: a crash", commit, nothing, share)
+    search.errors("disks, begun: an error, a crash", commit, nothing, share, runs=60)
+    search.crash("disks, commit: a crash", commit, one, share)
+    search.crash("disks, retire: a crash", retire, one, share)
+    search.errors("disks, links: an error, a crash", commit, one, share, kinds=("symlink",))
+    search.errors("disks, commit: an error, a crash", commit, one, share, runs=60)
+    search.errors("disks, retire: an error, a crash", retire, one, share, runs=8)
+    search.kills("disks, commit: killed, then a crash", commit, take_over, one, share, runs=20)
+    search.overtaken("disks, fence: overtaken, a crash", commit, take_over, one, share, runs=10)
+    search.crash_in_recovery("disks, commit: a crash, a crash", commit, take_over, one, share, runs=10)
 
 
 def search_store(search: StoreSearch, pairs: int) -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from ftrain.storage.disks import known_disks
+from ftrain.storage.posix import PosixStorage
+from ftrain.storage.spread import SpreadStorage
 from tests.crash.calls import KILL
 from tests.crash.judge import STEPS, Expected
 from tests.crash.search import Begin, Scene, Search, Stage
@@ -38,6 +43,14 @@ def take_over(stage: Stage) -> None:
     life.begin()
     step = life.restore()
     life.commit(step + STEPS + 1)
+
+
+def on_two_disks(root: Path) -> PosixStorage:
+    """The run's storage. Rank 1's packs go to the other disk, which whoever opens the run first makes one of it."""
+    storage = SpreadStorage(root / "run", [str(root / "disk")])
+    if not known_disks(storage):
+        storage.check()
+    return storage
 
 
 SCENES: dict[str, Scene] = {"commit": commit, "restore": restore, "retire": retire}

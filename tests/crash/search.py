@@ -40,8 +40,11 @@ Scene = Callable[["Stage"], None]  # what a process does, from the moment that i
 class Stage:
     """Where a scene plays: a directory with a recorder over it."""
 
-    def __init__(self, root: Path, recorder: Recorder, writer: str) -> None:
+    def __init__(
+        self, root: Path, recorder: Recorder, writer: str, opens: Callable[[Path], PosixStorage] = PosixStorage
+    ) -> None:
         self.root = root
+        self._opens = opens
         self.recorder = recorder
         self.writer = writer
         self._lives = itertools.count()
@@ -50,7 +53,7 @@ class Stage:
         return Life(self.storage, f"{self.writer}.{next(self._lives)}", self.recorder.tell)
 
     def storage(self) -> PosixStorage:
-        return PosixStorage(self.root)
+        return self._opens(self.root)
 
 
 @dataclass(slots=True)
@@ -91,7 +94,10 @@ class Search:
         first_violation: bool = False,
         moment_max: int = STATES_MAX,
         progress: Callable[[str], None] = lambda _: None,
+        opens: Callable[[Path], PosixStorage] = PosixStorage,
     ) -> None:
+        """`opens` gives the run's storage, whose files are all below the path that it is given."""
+        self._opens = opens
         self.report = Report()
         self._directory = directory
         self._pool = directory / "contents"
@@ -104,7 +110,6 @@ class Search:
         self._dice = random.Random(seed)
         self._stops = first_violation
         self._moment_max = moment_max  # states, beyond which so many are drawn
-        self._numbers = itertools.count()
         self._progress = progress
 
     @property
@@ -218,14 +223,14 @@ class Search:
         state, expected = begin
         with self._place(state) as root:
             recorder = Recorder(root, name)
-            stage = Stage(root, recorder, name)
+            stage = Stage(root, recorder, name, self._opens)
             active = True
 
             def before(call: int, kind: str) -> Fault | None:
                 nonlocal active
                 if active and meanwhile is not None and call == meanwhile[0]:
                     active = False
-                    _play(meanwhile[1], Stage(root, recorder, f"{name}-other"))
+                    _play(meanwhile[1], Stage(root, recorder, f"{name}-other", self._opens))
                 return (faults or {}).get(call)
 
             recorder.before = before
@@ -233,7 +238,7 @@ class Search:
                 _play(scene, stage)
                 if then is not None and recorder.dead:
                     recorder.dead = False
-                    _play(then, Stage(root, recorder, f"{name}-other"))
+                    _play(then, Stage(root, recorder, f"{name}-other", self._opens))
             return Run(recorder, state, expected)
 
     def _states(self, run: Run) -> Iterator[tuple[State, Expected]]:
@@ -273,21 +278,21 @@ class Search:
         with self._place(state) as root:
             try:
                 judge(
-                    lambda: PosixStorage(root),
+                    lambda: self._opens(root),
                     promised,
                     "judge",
-                    lambda *commit: self._prove(root, *commit),
+                    self._prove,
                     lambda: self._is_known(root),
                 )
             except Violation as violation:
                 self.report.violations.append(f"{name}: {what}: {violation}")
 
-    def _prove(self, root: Path, storage: Storage, attempt: Attempt, manifest_sha256: str) -> None:
+    def _prove(self, storage: Storage, attempt: Attempt, manifest_sha256: str) -> None:
         """Equal files are proved once."""
         found = hashlib.blake2b(manifest_sha256.encode(), digest_size=16)
         for path in (attempt.path, *self._referred(storage, attempt, manifest_sha256)):
-            if (root / path).is_dir():
-                _feed_files(found, str(root / path), path)
+            if Path(storage.url, path).is_dir():
+                _feed_files(found, f"{storage.url}/{path}", path)
         if found.digest() not in self._proved:
             restored(storage, attempt, manifest_sha256)
             self._proved.add(found.digest())
@@ -313,7 +318,7 @@ class Search:
     @contextmanager
     def _place(self, state: State) -> Iterator[Path]:
         """A directory in which the state is."""
-        root = self._directory / f"run{next(self._numbers)}"
+        root = self._directory / "run"  # always the same: links name it
         root.mkdir()
         try:
             self._fill(str(root), state)
@@ -326,6 +331,8 @@ class Search:
             path = f"{directory}/{name}"
             if isinstance(child, bytes):
                 os.link(self._content(child), path)  # files are never changed, so one of each content will do
+            elif isinstance(child, str):
+                Path(path).symlink_to(child)
             else:
                 Path(path).mkdir()
                 self._fill(path, child)
@@ -351,6 +358,8 @@ class Search:
         for name, child in state:
             if isinstance(child, bytes):
                 found.update(f"{name} {self._number(child)}".encode())
+            elif isinstance(child, str):
+                found.update(f"{name} -> {child}".encode())
             else:
                 found.update(f"{name} / {len(child)} ".encode())
                 self._feed(found, child)
@@ -378,7 +387,11 @@ def _feed_files(found: Any, directory: str, name: str) -> None:
         if entry.is_dir():
             _feed_files(found, entry.path, path)
             continue
-        status = entry.stat()
+        try:
+            status = entry.stat()
+        except FileNotFoundError:
+            found.update(f"{path} leads nowhere ".encode())
+            continue
         if status.st_nlink > 1:  # of one content, and never changed
             found.update(f"{path} {status.st_ino} ".encode())
         else:

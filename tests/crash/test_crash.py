@@ -8,6 +8,7 @@ from ftrain.core import frames
 from ftrain.core.codec import Codec
 from tests.crash import life, scenes
 from tests.crash.bugs import BUGS
+from tests.crash.judge import Expected
 from tests.crash.plan import find
 from tests.crash.search import searching
 from tests.crash.store import StoreSearch
@@ -58,11 +59,26 @@ def test_a_compressed_checkpoint_is_as_whole_after_a_power_cut_an_error_or_a_kil
         search.errors("errors", scenes.commit, begin, 60, runs=12)
         search.kills("kills", scenes.commit, scenes.take_over, begin, 60, runs=4)
         assert not search.report.violations
+    with searching(moment_max=4, opens=scenes.on_two_disks) as search:
+        search.crash("on two disks", scenes.commit, scenes.one_commit(search), 40)
+        assert not search.report.violations
     store = StoreSearch(progress=lambda _: None)
     one = store.begin(scenes.commit)
     store.crash("crash", scenes.commit, one)
     store.errors("errors", scenes.commit, one)
     assert not store.report.violations
+
+
+def test_on_two_disks_too_a_power_cut_an_error_or_a_kill_leaves_a_whole_checkpoint() -> None:
+    with searching(moment_max=4, opens=scenes.on_two_disks) as search:
+        search.crash("taken", scenes.commit, ((), Expected()), 80)
+        one = scenes.one_commit(search)
+        search.crash("crash", scenes.retire, one, 40)
+        search.errors("errors", scenes.commit, one, 30, runs=6)
+        search.errors("links", scenes.commit, one, 30, kinds=("symlink",))
+        search.kills("kills", scenes.commit, scenes.take_over, one, 20, runs=4)
+        search.crash_in_recovery("twice", scenes.commit, scenes.take_over, one, 20, runs=2)
+        assert not search.report.violations
 
 
 @pytest.mark.parametrize("bug", BUGS)

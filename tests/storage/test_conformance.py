@@ -18,13 +18,18 @@ from ftrain.storage import PosixStorage, Storage, open_storage
 from ftrain.storage.base import Effort, Ranges
 from ftrain.storage.pack import Pack
 from ftrain.storage.posix import FILES_MAX
+from ftrain.storage.spread import SpreadStorage
 from tests.storage.servers import set_environment
 
 
-@pytest.fixture(params=["posix", "moto", "seaweedfs", "azurite", "gcs"])
+@pytest.fixture(params=["posix", "spread", "moto", "seaweedfs", "azurite", "gcs"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Storage:
     if request.param == "posix":
         return PosixStorage(tmp_path / "run")
+    if request.param == "spread":
+        spread = SpreadStorage(tmp_path / "run", [str(tmp_path / "disk")])
+        spread.check()
+        return spread
     server = request.getfixturevalue(request.param)
     set_environment(server, monkeypatch)
     return open_storage(server.new_url())
@@ -58,6 +63,8 @@ def range_of(path: str, offset: int, nbytes: int, memory: Memory, data: bytes) -
 
 
 EASY = Effort()
+FOLDER = "checkpoints/step-000000000001/g0001-a1/packs/00001/c"
+PACK = f"{FOLDER}/0"  # where storage has several disks, it is not on the first
 MIB = 1 << 20
 
 
@@ -97,6 +104,10 @@ def test_a_taken_name_is_refused_and_keeps_its_content(storage: Storage, never: 
     memory = Memory(4096, b"third")
     with pytest.raises(AlreadyExists):
         storage.write_pack("dir/name", pack_of(memory, 4096), EASY, should_stop=never)
+    storage.create(PACK, b"first")
+    with pytest.raises(AlreadyExists, match=PACK):
+        storage.write_pack(PACK, pack_of(memory, 4096), EASY, should_stop=never)
+    assert storage.read(PACK) == b"first"
     assert storage.read("dir/name") == b"first"
     assert storage.list("dir") == ["name"]
 
@@ -128,8 +139,8 @@ def test_a_pack_is_written_and_read_back_from_any_alignment(
 ) -> None:
     data = bytes(range(256)) * 64
     source = Memory(len(data), data)
-    box_sums, chunk_sums = storage.write_pack("p/0", pack_of(source, nbytes, begin), EASY, should_stop=never)
-    found = storage.read("p/0")
+    box_sums, chunk_sums = storage.write_pack(PACK, pack_of(source, nbytes, begin), EASY, should_stop=never)
+    found = storage.read(PACK)
     assert found[:nbytes] == data[begin : begin + nbytes]
     assert not any(found[nbytes:])
     assert box_sums == [crc32c(data[begin : begin + nbytes])]
@@ -137,7 +148,7 @@ def test_a_pack_is_written_and_read_back_from_any_alignment(
     if nbytes > 10:
         target = Memory(16384)
         wanted = data[begin + 3 : begin + nbytes]
-        assert storage.read_ranges(range_of("p/0", 3, nbytes - 3, target, wanted)) == []
+        assert storage.read_ranges(range_of(PACK, 3, nbytes - 3, target, wanted)) == []
         assert target.bytes()[: nbytes - 3] == wanted
 
 
@@ -156,13 +167,13 @@ def test_a_large_pack_of_many_boxes_is_written_whole_with_its_sums(
     ]
     image = source.address if with_image else 0
     pack = Pack(*columns, payload, 4 * MIB, payload + 4096, ending, image)
-    sums, chunks = storage.write_pack("packs/0/c/0", pack, EASY, should_stop=never)
+    sums, chunks = storage.write_pack(PACK, pack, EASY, should_stop=never)
     assert sums == [crc32c(data[at : at + size]) for at, size in boxes]
     assert chunks == [crc32c(data[at : at + 4 * MIB]) for at in range(0, payload, 4 * MIB)]
-    assert storage.size("packs/0/c/0") == payload + 4096
-    found = storage.read("packs/0/c/0")
+    assert storage.size(PACK) == payload + 4096
+    found = storage.read(PACK)
     assert found[:payload] == data and found.endswith(bytes(4096 - len(ending)) + ending)
-    ranges, target = Ranges(["packs/0/c/0"]), Memory(payload)
+    ranges, target = Ranges([PACK]), Memory(payload)
     for (at, size), crc in zip(boxes, sums, strict=True):
         ranges.add(0, crc, at, size, target.address + at)
         ranges.add(0, crc, at, size, 0)
@@ -170,7 +181,7 @@ def test_a_large_pack_of_many_boxes_is_written_whole_with_its_sums(
     assert storage.read_ranges(ranges) == [8]
     assert target.bytes() == data
     with pytest.raises(AlreadyExists):
-        storage.write_pack("packs/0/c/0", pack, EASY, should_stop=never)
+        storage.write_pack(PACK, pack, EASY, should_stop=never)
 
 
 def test_a_large_write_that_is_told_to_stop_in_the_middle_leaves_nothing(storage: Storage) -> None:
@@ -178,14 +189,14 @@ def test_a_large_write_that_is_told_to_stop_in_the_middle_leaves_nothing(storage
     asked = iter([False, False])
     with pytest.raises(StorageError, match="stopped"):
         storage.write_pack(
-            "packs/0",
+            PACK,
             pack_of(memory, 32 * MIB),
             Effort(bytes_per_second_max=MIB),
             should_stop=lambda: next(asked, True),
         )
-    assert storage.list("packs") == []
-    storage.write_pack("packs/0", pack_of(memory, 32 * MIB), EASY, should_stop=lambda: False)
-    assert storage.size("packs/0") == 32 * MIB
+    assert storage.list(FOLDER) == []
+    storage.write_pack(PACK, pack_of(memory, 32 * MIB), EASY, should_stop=lambda: False)
+    assert storage.size(PACK) == 32 * MIB
 
 
 class Zeros:
@@ -232,8 +243,9 @@ def test_a_stream_that_fails_or_is_told_to_stop_leaves_nothing_and_is_closed(sto
 
 
 def test_a_good_storage_passes_its_check_and_nothing_is_left(storage: Storage) -> None:
+    there = storage.list("")
     storage.check()
-    assert storage.list("") == []
+    assert storage.list("") == there
     assert not storage.exists("a")
 
 
@@ -268,8 +280,8 @@ def test_a_range_beyond_the_end_is_corrupt(storage: Storage) -> None:
 def test_a_write_that_is_told_to_stop_leaves_nothing(storage: Storage) -> None:
     memory = Memory(4096)
     with pytest.raises(StorageError, match="stopped"):
-        storage.write_pack("packs/0", pack_of(memory, 4096), EASY, should_stop=lambda: True)
-    assert storage.list("packs") == []
+        storage.write_pack(PACK, pack_of(memory, 4096), EASY, should_stop=lambda: True)
+    assert storage.list(FOLDER) == []
 
 
 def test_a_removed_tree_is_gone_with_the_directories_that_it_emptied(storage: Storage) -> None:
