@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -70,18 +71,26 @@ class Opener:
     """`open_parent` for who saves again and again: what is below the same directory has the same storage."""
 
     def __init__(self) -> None:
-        self._last: tuple[str, Storage] | None = None
+        self._last: tuple[str, str] = "", ""
+        self._storage: Storage | None = None
 
     def open(self, place: str | Path) -> tuple[Storage, str]:
         """As `open_parent`, which looks at the directory the first time only."""
-        text = str(place)
-        parent, _, name = os.path.abspath(text).rpartition("/")
-        is_plain = ".." not in text and "://" not in text and not Path(text).is_symlink()
-        if is_plain and self._last is not None and self._last[0] == parent:
-            return self._last[1], name
-        storage, name = open_parent(place)
-        self._last = (storage.url, storage)
-        return storage, name
+        text = str(place).rstrip("/")
+        parent, _, name = text.rpartition("/")
+        above = parent, "" if text.startswith("/") or "://" in text else os.getcwd()
+        if self._storage is not None and above == self._last and name not in ("", ".", "..") and not _is_link(text):
+            return self._storage, name
+        self._storage, name = open_parent(place)
+        self._last = above
+        return self._storage, name
+
+
+def _is_link(path: str) -> bool:
+    try:
+        return stat.S_ISLNK(os.lstat(path).st_mode)
+    except (OSError, ValueError):
+        return False
 
 
 def open_in_run(place: str | Path) -> tuple[Storage, str]:

@@ -90,7 +90,8 @@ def test_an_opener_gives_one_storage_for_what_is_below_one_directory(tmp_path: P
     opener = Opener()
     first, name = opener.open(tmp_path / "a" / "1")
     assert (first.url, name) == (str(tmp_path / "a"), "1")
-    assert opener.open(f"{tmp_path}/a//2/") == (first, "2")
+    assert opener.open(f"{tmp_path}/a/2/") == (first, "2")
+    assert opener.open(f"{tmp_path}/a//3")[0].url == first.url
     other, name = opener.open(tmp_path / "b" / "1")
     assert (other.url, name) == (str(tmp_path / "b"), "1")
     (tmp_path / "b").mkdir()
