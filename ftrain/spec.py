@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ftrain.core.codec import Codec
 from ftrain.core.schedule import CheckpointPolicy
 from ftrain.core.supervision import RestartPolicy
 
@@ -75,6 +76,7 @@ class JobSpec:
     peer_copies: bool = True  # nodes keep copies of one another's snapshots and private state
     environment: dict[str, str] = field(default_factory=dict)
     persist_bytes_per_second_max: int = 0  # that this node's ranks together write to storage; 0 for no bound
+    compress: Codec | None = None  # what this node's ranks write to storage
     disks: tuple[str, ...] = ()  # to which new packs go, beside the run directory
     store_url: str = ""  # of the journal and the checkpoints, where they are not in the run directory
 

@@ -73,7 +73,9 @@ class Agent:
         self._forks = 0  # under way
         self._ended_early: dict[int, tuple[int, int]] = {}  # pid -> code and signal
         self._tasks: set[asyncio.Task[None]] = set()
-        self._saver = Saver(storage, spec.topology.processes, self._saved, spec.persist_bytes_per_second_max)
+        self._saver = Saver(
+            storage, spec.topology.processes, self._saved, spec.persist_bytes_per_second_max, spec.compress
+        )
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._post, node.Signalled(signal.Signals(number).name))
         self._nursery = self._new_nursery()

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from ftrain.checkpoint.arena import Arena
 from ftrain.checkpoint.persist import NICE_BESIDE_TRAINING, beside_training, persist_slot
 from ftrain.checkpoint.unchanged import Memory
+from ftrain.core.codec import Codec
 from ftrain.core.messages import Attempt, PackRecord
 from ftrain.errors import FtrainError
 from ftrain.storage.base import Storage
@@ -29,7 +30,7 @@ def _step_back() -> None:
 class Saver:
     """One for each agent. Results are delivered by `done(attempt, rank, pack or None, cause)`, from a thread.
 
-    `bytes_per_second_max` bounds what all its ranks together write (0: no bound).
+    `bytes_per_second_max` bounds what all its ranks together write (0: no bound); with `codec` it is compressed.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Saver:
         ranks: int,
         done: Callable[[Attempt, int, PackRecord | None, str], None],
         bytes_per_second_max: int = 0,
+        codec: Codec | None = None,
     ) -> None:
         threads = min(ranks, THREADS_MAX)
         self._storage = storage
@@ -46,6 +48,7 @@ class Saver:
         # Each pack keeps to its share: what one does not use, since it is done already, is not given to the others.
         share = -(-bytes_per_second_max // threads)
         self._effort = beside_training(threads, share)
+        self._codec = codec
         self._memory = Memory()
         self._cancelled: dict[Attempt, threading.Event] = {}
 
@@ -72,7 +75,16 @@ class Saver:
     ) -> None:
         try:
             pack = persist_slot(
-                self._storage, attempt, rank, arena, slot, cancelled.is_set, self._effort, self._memory, base
+                self._storage,
+                attempt,
+                rank,
+                arena,
+                slot,
+                cancelled.is_set,
+                self._effort,
+                self._memory,
+                base,
+                self._codec,
             )
         except (FtrainError, OSError) as error:
             self._done(attempt, rank, None, "" if cancelled.is_set() else str(error))

@@ -29,7 +29,13 @@ SLOTS = 2  # of the arena: one being written, one being filled
 
 
 def async_save(
-    path: str | Path, state: State, *, step: int = 0, keep: str | None = None, bytes_per_second_max: int = 0
+    path: str | Path,
+    state: State,
+    *,
+    step: int = 0,
+    keep: str | None = None,
+    compress: str | None = None,
+    bytes_per_second_max: int = 0,
 ) -> Saving:
     """Save a state while training goes on: returns at once, the copy overlaps what follows.
 
@@ -45,7 +51,7 @@ def async_save(
     group, engine = peers(), _engine()
     effort = dataclasses.replace(engine.effort, bytes_per_second_max=bytes_per_second_max)
     try:
-        target, job = Target(path, step, keep, engine.opener), engine.jobs.job(state)
+        target, job = Target(path, step, keep, compress, engine.opener), engine.jobs.job(state)
     except Exception:
         with together(group, f"saving {path}"):  # the other ranks are about to ask how it went
             raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -13,7 +13,9 @@ import msgspec
 from ftrain.checkpoint.arena import Arena
 from ftrain.checkpoint.pack_plan import PackPlan
 from ftrain.checkpoint.unchanged import Memory, Split, split, written
-from ftrain.core.layout import align, image_of
+from ftrain.core.codec import Codec
+from ftrain.core.frames import is_cut
+from ftrain.core.layout import ITEM_BYTES, align, image_of
 from ftrain.core.manifest import PackIndex, data_path, decode_index, encode_index, index_path, pack_path
 from ftrain.core.messages import Attempt, PackRecord
 from ftrain.errors import CorruptCheckpoint
@@ -41,16 +43,19 @@ def persist_slot(
     effort: Effort | None = None,
     memory: Memory | None = None,
     base: Attempt | None = None,
+    codec: Codec | None = None,
 ) -> PackRecord:
     """Write the pack that `slot` holds, and its index, durably: once this returned, the rank is prepared.
 
-    With `memory`, boxes that the commit `base` has with the same bytes are referred to, and not written again. The
-    `effort` is by default that of one rank `beside_training`. The slot must stay sealed meanwhile.
+    With `memory`, boxes that the commit `base` has with the same bytes are referred to, and not written again. With
+    `codec`, what is written is compressed. The `effort` is by default that of one rank `beside_training`. The slot must
+    stay sealed meanwhile.
 
     Raises `CorruptCheckpoint` where it holds something else, and `StorageError` where storage fails, or soon after
     `should_stop` answered True. What was written until then is garbage that `retain` removes.
     """
     arena.attach()
+    effort = effort or beside_training(1)
     where = f"the snapshot of rank {rank} in slot {slot} of its arena"
     sealed = decode_index(arena.read_index(slot), where, sealed=True)
     image = arena.image(slot)
@@ -60,18 +65,22 @@ def persist_slot(
     known = memory.of(rank, base) if memory is not None else {}
     found = split(sealed.boxes, addresses, known, should_stop)
     index = _without(sealed, found) if found.stored else sealed
-    pack = _pack(
-        index,
-        array("Q", [box.offset for box in index.boxes]),
-        array("Q", [addresses[number] for number in found.changed]),
-        array("Q", [box.nbytes for box in index.boxes]),
-        0 if found.stored else image.address,
-    )
+    changed = array("Q", [addresses[number] for number in found.changed])
+    if codec is not None and _has_frames(index):
+        record = _write_encoded(storage, attempt.path, index, changed, codec, effort, should_stop)
+    else:
+        pack = _pack(
+            index,
+            array("Q", [box.offset for box in index.boxes]),
+            changed,
+            array("Q", [box.nbytes for box in index.boxes]),
+            0 if found.stored else image.address,
+        )
 
-    def finish(boxes: list[int], chunks: list[int]) -> bytes:
-        return encode_index(_summed(index, boxes, chunks))
+        def finish(boxes: list[int], chunks: list[int]) -> bytes:
+            return encode_index(_summed(index, boxes, chunks))
 
-    record = _write(storage, attempt.path, index, pack, finish, effort or beside_training(1), should_stop)
+        record = _write(storage, attempt.path, index, pack, finish, effort, should_stop)
     if memory is None:
         return record
     there = written(found, sealed.boxes, addresses, known, attempt, record.index_sha256, should_stop)
@@ -91,13 +100,16 @@ def persist_plan(
     plain: Mapping[str, Any],
     effort: Effort,
     image: int = 0,
+    codec: Codec | None = None,
 ) -> PackRecord:
     """Write a pack below `base` from boxes that lie at `addresses`, C-contiguous; its index is durable, too, on return.
 
-    With `image` they lie as in the file from that address on; otherwise they go through buffers of bounded size.
-    `plain` is encoded already. Raises `StorageError`.
+    With `image` they lie as in the file from that address on; otherwise they go through buffers of bounded size. With
+    `codec` they are compressed there. `plain` is encoded already. Raises `StorageError`.
     """
     index = plan.index(attempt, plain)
+    if codec is not None and _has_frames(index):
+        return _write_encoded(storage, base, index, addresses, codec, effort, lambda: False)
     pack = _pack(index, plan.offsets, addresses, plan.sizes, image)
 
     def finish(boxes: list[int], chunks: list[int]) -> bytes:
@@ -136,6 +148,11 @@ def _without(sealed: PackIndex, found: Split) -> PackIndex:
     )
 
 
+def _has_frames(index: PackIndex) -> bool:
+    """Whether any of the boxes is worth compressing."""
+    return any(is_cut(box.shape, ITEM_BYTES[box.dtype], box.nbytes) for box in index.boxes)
+
+
 def _summed(index: PackIndex, boxes: list[int], chunks: list[int]) -> PackIndex:
     return msgspec.structs.replace(index, box_crc32c=tuple(boxes), chunk_crc32c=tuple(chunks))
 
@@ -152,11 +169,32 @@ def _write(
     path = pack_path(index.rank)
     storage.create(f"{base}/{path}/zarr.json", pack_metadata(index.payload_bytes, index.chunk_bytes))
     boxes, chunks = storage.write_pack(f"{base}/{data_path(path)}", pack, effort, should_stop=should_stop)
-    encoded = finish(boxes, chunks)
+    return _write_index(storage, base, index, finish(boxes, chunks))
+
+
+def _write_encoded(
+    storage: Storage,
+    base: str,
+    index: PackIndex,
+    addresses: Sequence[int],
+    codec: Codec,
+    effort: Effort,
+    should_stop: Callable[[], bool],
+) -> PackRecord:
+    from ftrain.checkpoint.encoded_pack import EncodedPack  # numpy: who compresses nothing does not wait for it
+
+    path, pack = pack_path(index.rank), EncodedPack(index, addresses, codec, effort)
+    storage.write_stream(f"{base}/{data_path(path)}", pack, effort, should_stop=should_stop)
+    done = pack.index
+    storage.create(f"{base}/{path}/zarr.json", pack_metadata(done.payload_bytes, done.chunk_bytes))
+    return _write_index(storage, base, done, encode_index(done))
+
+
+def _write_index(storage: Storage, base: str, index: PackIndex, encoded: bytes) -> PackRecord:
     storage.create(f"{base}/{index_path(index.rank)}", encoded)
     return PackRecord(
         rank=index.rank,
-        path=path,
+        path=pack_path(index.rank),
         index_path=index_path(index.rank),
         index_sha256=hashlib.sha256(encoded).hexdigest(),
         payload_bytes=sum(box.nbytes for box in index.boxes),

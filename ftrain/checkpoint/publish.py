@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
+import msgspec
+
 from ftrain import __version__
-from ftrain.checkpoint.written import read_written
+from ftrain.checkpoint.written import format_of, read_packs
 from ftrain.core.manifest import (
     FORMAT,
     MANIFEST_PATH,
@@ -22,18 +24,24 @@ from ftrain.storage.base import Storage, create_once
 from ftrain.storage.zarr_view import references
 
 
-def publish(storage: Storage, attempt: Attempt, world_size: int, packs: Sequence[PackRecord], writer: str) -> str:
+def publish(
+    storage: Storage, attempt: Attempt, world_size: int, packs: Sequence[PackRecord], writer: str, base: str = ""
+) -> str:
     """Check every pack, write `refs.json`, then `manifest.json`, both durably; return the manifest's sha256.
+
+    They are below `base`, or where a run has the attempt.
 
     May be called again after a lost reply: with the same arguments it writes the same bytes, and finds its own
     work. Raises `CorruptCheckpoint` where the packs are not one whole state, and `StorageError` where another
     writer was here.
     """
+    base = base or attempt.path
     manifest = make_manifest(attempt, world_size, packs, writer)
-    indexes = [written.index for written in read_written(storage, attempt.path, manifest)]
-    check_coverage(indexes, attempt.path)
-    publish_references(storage, attempt.path, references(indexes))
-    return publish_manifest(storage, attempt.path, manifest)
+    written = read_packs(storage, base, manifest)
+    indexes = [one.index for one in written]
+    check_coverage(indexes, base)
+    publish_references(storage, base, references(indexes))
+    return publish_manifest(storage, base, msgspec.structs.replace(manifest, format=format_of(written)))
 
 
 def make_manifest(attempt: Attempt, world_size: int, packs: Sequence[PackRecord], writer: str) -> Manifest:

@@ -13,6 +13,7 @@ import torch
 from ftrain import _native
 from ftrain.checkpoint.arena import Image
 from ftrain.checkpoint.comparison import compare
+from ftrain.checkpoint.decoding import read_frames
 from ftrain.checkpoint.device import begin_upload
 from ftrain.checkpoint.host import lies_in_host_memory
 from ftrain.checkpoint.items import TensorItem
@@ -22,6 +23,7 @@ from ftrain.checkpoint.straight import add_straight
 from ftrain.checkpoint.wanted import wanted_boxes
 from ftrain.checkpoint.written import Written, read_written
 from ftrain.core import plain as plain_data
+from ftrain.core.frames import Frames
 from ftrain.core.layout import Entry, Piece, read_plan, split, strides
 from ftrain.core.manifest import (
     MANIFEST_PATH,
@@ -101,6 +103,16 @@ class Checkpoint:
         return self._manifest.attempt.step
 
     @property
+    def codecs(self) -> list[str]:
+        """Those with which tensors of it are compressed; none where all are stored as they are."""
+        return sorted({index.codec for index in self._indexes if any(index.frames)})
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of its tensors, as they are on storage."""
+        return sum(size for index in self._indexes for size in index.stored_bytes)
+
+    @property
     def names(self) -> set[str]:
         """What the state had on any rank, by name."""
         return {name for tracked in self._tracked_by_rank().values() for name in tracked}
@@ -147,7 +159,8 @@ class Checkpoint:
     def hold(self, pack: int, sealed: PackIndex, image: Image) -> bool:
         """Take a pack from memory, where its bytes prove right there. False where `sealed` is of another checkpoint."""
         index = self._indexes[pack]  # of a pack that refers to others, the boxes lie elsewhere in memory
-        if (sealed.attempt, sealed.rank, sealed.boxes) != (index.attempt, index.rank, index.boxes):
+        is_it = (sealed.attempt, sealed.rank, sealed.boxes) == (index.attempt, index.rank, index.boxes)
+        if not is_it or index.frames:  # of frames the checksums are those of what is stored
             return False
         self._held[pack] = image
         return True
@@ -186,7 +199,9 @@ class Checkpoint:
         targets = [_Target(one) for one in wanted]
         for piece in read_plan([(one.key, one.box) for one in wanted], self._entries(private, rank)):
             target = targets[piece.wanted]
-            if target.takes_directly(piece):
+            if piece.entry.frames is not None:
+                reading.encoded.append((piece, target))
+            elif target.takes_directly(piece):
                 entry, address = piece.entry, target.place(piece).data_ptr()
                 reading.ranges.add(entry.pack, entry.crc32c, piece.offset, piece.nbytes, address)
                 reading.proofs.append((entry.key, entry.pack))
@@ -200,6 +215,8 @@ class Checkpoint:
             raise self._damaged(key, pack, ranges.offsets[place], ranges.sizes[place])
         for batch in _batches(reading.indirect):
             self._read_through_buffer(batch)
+        if reading.encoded:
+            read_frames(self._storage, self._packs, reading.encoded)
 
     def _add_whole(self, items: Sequence[TensorItem], private: bool, rank: int, reading: _Reading) -> list[TensorItem]:
         """Add the ranges of tensors that were saved in one box and are wanted in one; return the other items."""
@@ -207,8 +224,8 @@ class Checkpoint:
         found = {
             record.key: (pack, record, crc32c)
             for pack in packs
-            for record, crc32c in zip(self._indexes[pack].boxes, self._indexes[pack].box_crc32c, strict=True)
-            if record.private == private and record.is_whole
+            for record, crc32c, frames in _columns(self._indexes[pack])
+            if record.private == private and record.is_whole and frames is None
         }
         direct: list[torch.Tensor] = []
         rest: list[TensorItem] = []
@@ -311,10 +328,11 @@ class Checkpoint:
         return begin // chunk * chunk, -(-end // chunk) * chunk
 
     def _damaged(self, key: str, pack: int, offset: int, nbytes: int) -> CorruptCheckpoint:
-        return CorruptCheckpoint(
-            f"{self._storage.url}/{self._packs[pack].file}: the {nbytes} bytes at offset {offset} do not match their "
-            f"checksum (tensor {key}, saved by rank {self._packs[pack].rank}); restore from another checkpoint"
-        )
+        return self._packs[pack].damaged(self._storage, key, offset, nbytes)
+
+
+def _columns(index: PackIndex) -> Iterable[tuple[BoxRecord, int, Frames | None]]:
+    return zip(index.boxes, index.box_crc32c, index.frames_of_boxes, strict=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,6 +342,7 @@ class _Reading:
     ranges: Ranges
     proofs: list[tuple[str, int]] = field(default_factory=list)
     indirect: list[tuple[Piece, _Target]] = field(default_factory=list)
+    encoded: list[tuple[Piece, _Target]] = field(default_factory=list)  # of entries in frames
 
 
 class _Target:

@@ -21,22 +21,27 @@ _plans = Plans()
 _jobs = Jobs()
 
 
-def save(path: str | Path, state: State, *, step: int = 0, keep: str | None = None) -> None:
+def save(
+    path: str | Path, state: State, *, step: int = 0, keep: str | None = None, compress: str | None = None
+) -> None:
     """Save a state durably: once this returned, the checkpoint at `path` is committed.
 
     `state` holds modules, optimizers and other objects with `state_dict` and `load_state_dict`, (nested) dicts and
     lists of tensors and DTensors, and plain data. Where torch.distributed is initialized, all ranks call together; a
     tensor that several ranks name is taken to be the same on all of them, and is written once. With `keep`, `path` is a
-    run's directory, and the checkpoint is `path/kept/NAME`: it stays, whatever the run retires. Raises `UsageError` for
-    a state that cannot be saved, naming the key, `AlreadyExists` where `path` holds a checkpoint, and `StorageError`
-    where storage fails: then nothing is committed, on any rank.
+    run's directory, and the checkpoint is `path/kept/NAME`: it stays, whatever the run retires. With `compress`, which
+    is "zstd", "blosc-zstd" or "blosc-lz4", also with a level ("zstd:9") and the same on all ranks, tensors are
+    compressed. Raises `UsageError` for a state that cannot be saved, naming the key, `AlreadyExists` where `path` holds
+    a checkpoint, and `StorageError` where storage fails: then nothing is committed, on any rank.
     """
     if torch.cuda.is_available():
-        async_save(path, state, step=step, keep=keep).result()  # what is on a device comes through pinned memory
+        async_save(
+            path, state, step=step, keep=keep, compress=compress
+        ).result()  # what is on a device comes through pinned memory
         return
     group = peers()
     with together(group, f"saving {path}"):
-        target, job = Target(path, step, keep), _jobs.job(state)
+        target, job = Target(path, step, keep, compress), _jobs.job(state)
     agreed = _plans.agree(job.specs, group)
     held = job.written(agreed.pack)
     addresses = host_addresses(held)

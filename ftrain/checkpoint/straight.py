@@ -22,7 +22,7 @@ _SAVED = (BoxRecord.key, BoxRecord.shape, BoxRecord.box_shape, BoxRecord.dtype)
 def add_straight(items: Sequence[TensorItem], index: PackIndex, pack: int, ranges: Ranges) -> bool:
     """Add a range for each item, in their order; False where the items are not just what the pack holds."""
     boxes, specs = index.boxes, column(items, TensorItem.spec)
-    if not (column_is(specs, TensorSpec.mesh, None) and columns_equal(specs, _WANTED, boxes, _SAVED)):
+    if index.frames or not (column_is(specs, TensorSpec.mesh, None) and columns_equal(specs, _WANTED, boxes, _SAVED)):
         return False
     if not (column_is(specs, TensorSpec.private, False) and column_is(boxes, BoxRecord.private, False)):
         return False

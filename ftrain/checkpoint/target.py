@@ -18,22 +18,40 @@ from ftrain.checkpoint.agreement import Agreed
 from ftrain.checkpoint.peers import Peers, together
 from ftrain.checkpoint.persist import persist_plan
 from ftrain.checkpoint.pins import KEPT, is_pin_name
-from ftrain.checkpoint.publish import make_manifest, publish_manifest, publish_references
+from ftrain.checkpoint.publish import make_manifest, publish, publish_manifest, publish_references
+from ftrain.core.codec import Codec
 from ftrain.core.manifest import MANIFEST_PATH, REFERENCES_PATH
 from ftrain.core.messages import Attempt, PackRecord
-from ftrain.errors import AlreadyExists, UsageError
+from ftrain.errors import AlreadyExists, MismatchedState, UsageError
 from ftrain.storage import Opener
 from ftrain.storage.base import Effort
 
 WRITER = "save"
 OURS = {"packs", REFERENCES_PATH}  # what a save that was cut off leaves
-_RECORD = msgspec.json.Decoder(PackRecord)
+
+
+class _Saved(msgspec.Struct, frozen=True):
+    """What each rank tells the others once its pack is written."""
+
+    pack: PackRecord
+    codec: str
+
+
+_SAVED = msgspec.json.Decoder(_Saved)
 
 
 class Target:
     """Where one checkpoint goes: `path`, or, with `keep`, that name below it. Raises `UsageError` where it cannot."""
 
-    def __init__(self, path: str | Path, step: int, keep: str | None = None, opener: Opener | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        step: int,
+        keep: str | None = None,
+        compress: str | None = None,
+        opener: Opener | None = None,
+    ) -> None:
+        self._codec = None if compress is None else _codec(compress)
         if step < 0:
             raise UsageError(f"step={step}: the number of a step cannot be negative")
         self._storage, self._base = (opener or Opener()).open(path if keep is None else _kept(path, keep))
@@ -63,23 +81,36 @@ class Target:
                 self._prepare()
         records: list[bytes] = []
         with together(peers, f"writing {self}"):
-            beside = _Beside(self._publish_references if peers.rank == 0 else _nothing, agreed)
+            knows = peers.rank == 0 and self._codec is None  # where what is written will lie
+            beside = _Beside(self._publish_references if knows else _nothing, agreed)
             try:
                 record = persist_plan(
-                    self._storage, self._base, self._attempt, agreed.pack, addresses, plain, effort, image
+                    self._storage, self._base, self._attempt, agreed.pack, addresses, plain, effort, image, self._codec
                 )
             finally:
                 beside.join()
             beside.check()
             settle()
-            records = [msgspec.json.encode(record)]
+            records = [msgspec.json.encode(_Saved(record, str(self._codec)))]
         if peers.world_size > 1:
             records = peers.exchange(records[0])
         with together(peers, f"committing {self}"):
             if peers.rank == 0:
-                packs = [_RECORD.decode(one) for one in records]
-                manifest = make_manifest(self._attempt, peers.world_size, packs, WRITER)
-                publish_manifest(self._storage, self._base, manifest)
+                self._publish([_SAVED.decode(one) for one in records])
+
+    def _publish(self, saved: list[_Saved]) -> None:
+        packs = [one.pack for one in saved]
+        for one in saved:
+            if one.codec != str(self._codec):
+                raise MismatchedState(
+                    f"rank 0 compresses with {self._codec}, rank {one.pack.rank} with {one.codec}: give save the same "
+                    "compress on all ranks"
+                )
+        if self._codec is not None:
+            publish(self._storage, self._attempt, len(packs), packs, WRITER, self._base)
+            return
+        manifest = make_manifest(self._attempt, len(packs), packs, WRITER)
+        publish_manifest(self._storage, self._base, manifest)
 
     def _publish_references(self, agreed: Agreed) -> None:
         publish_references(self._storage, self._base, agreed.references)
@@ -100,6 +131,13 @@ def _kept(path: str | Path, name: str) -> str:
     if not is_pin_name(name):
         raise UsageError(f"keep={name!r}: a name has letters, digits, '_', '-' and '.', and begins with a letter")
     return f"{str(path).rstrip('/')}/{KEPT}/{name}"
+
+
+def _codec(text: str) -> Codec:
+    try:
+        return Codec.parse(text)
+    except ValueError as error:
+        raise UsageError(f"compress={text!r}: {error}") from None
 
 
 class _Beside(threading.Thread):

@@ -9,7 +9,16 @@ from dataclasses import dataclass
 
 import msgspec
 
-from ftrain.core.manifest import Manifest, PackIndex, Reference, data_path, decode_index, index_path, pack_path
+from ftrain.core.manifest import (
+    MANIFEST_PATH,
+    Manifest,
+    PackIndex,
+    Reference,
+    data_path,
+    decode_index,
+    index_path,
+    pack_path,
+)
 from ftrain.core.messages import Attempt, PackRecord
 from ftrain.errors import CorruptCheckpoint, NotFound
 from ftrain.storage.base import Storage
@@ -32,12 +41,33 @@ class Written:
     def file(self) -> str:
         return f"{self.base}/{data_path(pack_path(self.rank))}"
 
+    def damaged(self, storage: Storage, key: str, offset: int, nbytes: int, how: str = "") -> CorruptCheckpoint:
+        """What to raise where bytes of the tensor `key` are not what was written."""
+        problem = how or "do not match their checksum"
+        return CorruptCheckpoint(
+            f"{storage.url}/{self.file}: the {nbytes} bytes at offset {offset} {problem} "
+            f"(tensor {key}, saved by rank {self.rank}); restore from another checkpoint"
+        )
+
 
 def read_written(storage: Storage, base: str, manifest: Manifest) -> list[Written]:
     """All packs of the checkpoint at `base`, each proved by its digest: its own by rank, then those it refers to.
 
     Raises `CorruptCheckpoint`, or `NotFound` where a file is gone.
     """
+    packs = read_packs(storage, base, manifest)
+    if manifest.format != format_of(packs):
+        raise CorruptCheckpoint(f"{base}/{MANIFEST_PATH}: is of format {manifest.format}, its packs are not")
+    return packs
+
+
+def format_of(packs: Iterable[Written]) -> int:
+    """Of a checkpoint of these packs."""
+    return max(pack.index.format for pack in packs)
+
+
+def read_packs(storage: Storage, base: str, manifest: Manifest) -> list[Written]:
+    """As `read_written`, for a manifest of which the format is not known yet."""
     with ThreadPoolExecutor(min(THREADS, manifest.world_size), "ftrain-indexes") as pool:
         own = list(pool.map(lambda pack: read_index(storage, base, manifest, pack), manifest.packs))
         wanted = [(index, one) for index in own for one in index.references]
@@ -80,6 +110,7 @@ def _read_reference(storage: Storage, run: str, index: PackIndex, reference: Ref
         found,
         boxes=tuple(found.boxes[number] for number in reference.boxes),
         box_crc32c=tuple(found.box_crc32c[number] for number in reference.boxes),
+        frames=tuple(found.frames[number] for number in reference.boxes) if found.frames else (),
         plain={},
         references=(),
     )

@@ -112,6 +112,10 @@ def launch(
     persist_rate: Annotated[
         str, typer.Option("--persist-rate", help="A second, to storage, from this node: 500MB, 2GB, 1.5GiB, or off.")
     ] = "off",
+    compress: Annotated[
+        str,
+        typer.Option("--compress", help="Checkpoints: zstd, blosc-zstd or blosc-lz4, with a level: zstd:9; or off."),
+    ] = "off",
     disks: Annotated[
         str,
         typer.Option(
@@ -175,6 +179,7 @@ def launch(
         stop_grace_seconds=shutdown_timeout,
         peer_copies=options.switch(peer_copies, "--peer-copies"),
         persist_bytes_per_second_max=options.rate(persist_rate, "--persist-rate"),
+        compress=options.codec(compress, "--compress"),
         disks=options.disks(disks),
         store_url=store_url,
     )

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from ftrain.core.codec import Codec
 from ftrain.core.retention import Best, RetentionPolicy
 from ftrain.core.schedule import CheckpointPolicy
 from ftrain.errors import Unavailable, UsageError
@@ -103,6 +104,16 @@ def rate(text: str, flag: str) -> int:
     if not 0 < found < 1 << 63:
         raise UsageError(f"{flag} {text}: needs at least one byte a second, and less than 8 EiB; off for no bound")
     return found
+
+
+def codec(text: str, flag: str) -> Codec | None:
+    """`zstd`, `blosc-zstd:5` …; `off` is None."""
+    if text == "off":
+        return None
+    try:
+        return Codec.parse(text)
+    except ValueError as error:
+        raise UsageError(f"{flag} {text}: {error}; or off") from None
 
 
 def disks(text: str) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from math import prod
 
 import msgspec
 
+from ftrain.core.frames import Frames
 from ftrain.core.placement import REPLICATED, Run, local_runs
 from ftrain.errors import CorruptCheckpoint, MismatchedState, UnsupportedTensor
 
@@ -351,7 +352,10 @@ def align(nbytes: int) -> int:
 
 
 class Entry(msgspec.Struct, frozen=True, gc=False):
-    """One written box: `nbytes` at `offset` of the payload of the pack that rank `pack` wrote."""
+    """One written box: `nbytes` at `offset` of the payload of the pack that rank `pack` wrote.
+
+    With `frames` these are there instead, `crc32c` is of them, and `nbytes` is what they become.
+    """
 
     key: str
     box: Box
@@ -359,6 +363,7 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
     offset: int
     nbytes: int
     crc32c: int
+    frames: Frames | None = None
 
     @property
     def item_bytes(self) -> int:
@@ -369,7 +374,8 @@ class Piece(msgspec.Struct, frozen=True, gc=False):
     """What one entry gives to one wanted box.
 
     The elements of `box` (in global coordinates) are all within the `nbytes` at `offset` of the entry's pack, with
-    the strides of the entry's box: where `box` does not span its inner dimensions there are others between them.
+    the strides of the entry's box: where `box` does not span its inner dimensions there are others between them. Of
+    an entry in frames `offset` and `nbytes` say where they would be, were it stored as it is.
     """
 
     wanted: int  # place in the list of wanted boxes

@@ -14,11 +14,16 @@ from typing import Annotated, Any
 
 import msgspec
 
+from ftrain.core import frames
+from ftrain.core.codec import Codec
+from ftrain.core.frames import Frames
 from ftrain.core.layout import ALIGNMENT_BYTES, CHUNK_BYTES_MAX, ITEM_BYTES, Box, Entry, shard_index_bytes, uncovered
 from ftrain.core.messages import PROBLEM_CHARS_MAX, Attempt, Count, Name, PackRecord
 from ftrain.errors import CorruptCheckpoint
 
 FORMAT = 1
+FORMAT_COMPRESSED = 2  # of what has anything compressed, so that versions that know of no such thing say so
+_FORMATS = (FORMAT, FORMAT_COMPRESSED)
 MANIFEST_PATH = "manifest.json"
 REFERENCES_PATH = "refs.json"
 MANIFEST_BYTES_MAX = 64 << 20
@@ -33,7 +38,10 @@ Shape = Annotated[tuple[Count, ...], msgspec.Meta(max_length=DIMENSIONS_MAX)]
 
 
 class BoxRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
-    """One box of one tensor: `nbytes` at `offset` of the pack, elements in C order, little-endian."""
+    """One box of one tensor: `nbytes` at `offset` of the pack, elements in C order, little-endian.
+
+    A box in frames has as many bytes when they are decoded.
+    """
 
     key: Key
     dtype: Name
@@ -77,6 +85,19 @@ class PackIndex(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     chunk_crc32c: tuple[Crc32c, ...]  # of each chunk of the payload
     plain: dict[str, Any]  # this rank's plain data by name, as `core.plain` encodes it
     references: Annotated[tuple[Reference, ...], msgspec.Meta(max_length=REFERENCES_MAX)] = ()
+    codec: str = ""  # what frames are encoded with, as `core.codec` writes it
+    frames: tuple[Frames | None, ...] = ()  # of each box, where there is a codec; None for one that is stored as it is
+
+    @property
+    def frames_of_boxes(self) -> tuple[Frames | None, ...]:
+        """As `frames`, also where there is no codec."""
+        return self.frames or (None,) * len(self.boxes)
+
+    @property
+    def stored_bytes(self) -> list[int]:
+        """Of each box, in the file."""
+        boxes = zip(self.boxes, self.frames_of_boxes, strict=True)
+        return [record.nbytes if own is None else own.stored_bytes for record, own in boxes]
 
     def entries(self, private: bool, pack: int) -> list[Entry]:
         """The boxes for `core.layout.read_plan`: this rank's own, or those of the tensors that all ranks share.
@@ -84,8 +105,8 @@ class PackIndex(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         `pack` is what the reader calls this pack.
         """
         return [
-            Entry(record.key, record.box, pack, record.offset, record.nbytes, crc32c)
-            for record, crc32c in zip(self.boxes, self.box_crc32c, strict=True)
+            Entry(record.key, record.box, pack, record.offset, record.nbytes, crc32c, own)
+            for record, crc32c, own in zip(self.boxes, self.box_crc32c, self.frames_of_boxes, strict=True)
             if record.private == private
         ]
 
@@ -121,6 +142,8 @@ class _IndexFile(msgspec.Struct, frozen=True, omit_defaults=True):
     chunk_crc32c: tuple[int, ...]
     plain: dict[str, Any]
     references: tuple[Reference, ...] = ()
+    codec: str = ""
+    frames: tuple[Frames | None, ...] = ()
 
 
 _INDEX = msgspec.json.Decoder(PackIndex)
@@ -223,7 +246,7 @@ def _validate_index(index: PackIndex, path: str, sealed: bool) -> None:
         if not holds:
             raise CorruptCheckpoint(f"{path}: {problem}")
 
-    check(index.format == FORMAT, f"format {index.format}, but this version reads format {FORMAT}")
+    check(index.format in _FORMATS, _unknown(index.format))
     check(index.rank < index.world_size, f"rank {index.rank} in a world of {index.world_size}")
     check(index.payload_bytes > 0 and index.payload_bytes % index.chunk_bytes == 0, "the payload is not whole chunks")
     check(index.chunk_bytes % ALIGNMENT_BYTES == 0, "chunks are not whole pages")
@@ -246,12 +269,17 @@ def _validate_index(index: PackIndex, path: str, sealed: bool) -> None:
     check(len(set(attempts)) == len(attempts), "refers to an attempt twice, or to itself")
     for one in index.references:
         check(all(a < b for a, b in pairwise(one.boxes)), f"the boxes of {one.attempt} are out of order")
+    is_compressed = index.format == FORMAT_COMPRESSED
+    check(is_compressed == bool(index.codec) == any(index.frames), "format, codec and frames do not go together")
+    check(len(index.frames) == (len(index.boxes) if is_compressed else 0), "the frames are not those of the boxes")
+    check(not is_compressed or _is_codec(index.codec), f"is compressed with {index.codec!r}, which is not read")
+    check(not (sealed and index.frames), "a snapshot in memory is compressed")
     end = 0
-    for record in index.boxes:
-        problem = _box_problem(record, end, index.payload_bytes)
+    for record, own in zip(index.boxes, index.frames_of_boxes, strict=True):
+        problem = _box_problem(record, own, end, index.payload_bytes)
         if problem:
             raise CorruptCheckpoint(f"{path}: the box of {record.key} at {list(record.box_offset)} {problem}")
-        end = record.offset + record.nbytes
+        end = record.offset + (record.nbytes if own is None else own.stored_bytes)
     seen: set[tuple[str, tuple[int, ...] | None]] = set()
     for record in index.boxes:
         place = (record.key, None if record.private else record.box_offset)
@@ -260,7 +288,18 @@ def _validate_index(index: PackIndex, path: str, sealed: bool) -> None:
         seen.add(place)
 
 
-def _box_problem(record: BoxRecord, end: int, payload_bytes: int) -> str:
+def _unknown(format_: int) -> str:
+    return f"format {format_}, but this version reads formats {FORMAT} and {FORMAT_COMPRESSED}"
+
+
+def _is_codec(text: str) -> bool:
+    try:
+        return str(Codec.parse(text)) == text
+    except ValueError:
+        return False
+
+
+def _box_problem(record: BoxRecord, own: Frames | None, end: int, payload_bytes: int) -> str:
     """What is wrong with a box that follows one that ends at `end`; empty when nothing is."""
     item = ITEM_BYTES.get(record.dtype)
     if item is None:
@@ -274,7 +313,11 @@ def _box_problem(record: BoxRecord, end: int, payload_bytes: int) -> str:
         return "begins within a page"
     if record.offset < end:
         return "overlaps the one before it, or is out of order"
-    if record.offset + record.nbytes > payload_bytes:
+    if own is not None and not frames.is_cut(record.shape, item, record.nbytes):
+        return "is too small to be compressed"
+    if own is not None and (problem := frames.problem(own, record.box_shape, item)):
+        return problem
+    if record.offset + (record.nbytes if own is None else own.stored_bytes) > payload_bytes:
         return "reaches beyond the payload"
     return ""
 
@@ -294,8 +337,8 @@ def _misplaced(record: BoxRecord) -> bool:
 
 
 def _validate_manifest(manifest: Manifest, path: str) -> None:
-    if manifest.format != FORMAT:
-        raise CorruptCheckpoint(f"{path}: format {manifest.format}, but this version reads format {FORMAT}")
+    if manifest.format not in _FORMATS:
+        raise CorruptCheckpoint(f"{path}: {_unknown(manifest.format)}")
     ranks = [pack.rank for pack in manifest.packs]
     if len(ranks) != manifest.world_size or ranks != list(range(len(ranks))):
         raise CorruptCheckpoint(f"{path}: the packs are not one for each of {manifest.world_size} ranks, in order")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from ftrain.errors import AlreadyExists, UnknownOutcome
-from ftrain.storage.pack import Pack
+from ftrain.storage.pack import Pack, Stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +92,13 @@ class Storage(Protocol):
         """As `create`, from wherever the pack's boxes lie. Returns the crc32c of each box and of each chunk.
 
         Fails with `StorageError` soon after `should_stop` answered True.
+        """
+        ...
+
+    def write_stream(self, path: str, stream: Stream, effort: Effort, *, should_stop: Callable[[], bool]) -> None:
+        """As `create`, from parts that are made one after the other, of a length that is known at the end.
+
+        Fails as `write_pack`, and with what making the parts raises.
         """
         ...
 

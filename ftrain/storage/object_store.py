@@ -32,14 +32,14 @@ from ftrain.errors import (
 )
 from ftrain.storage.base import Effort, Ranges
 from ftrain.storage.bucket import Bucket
-from ftrain.storage.pack import Pack, PackParts
+from ftrain.storage.pace import Pace
+from ftrain.storage.pack import Pack, PackParts, Parts, Stream
 from ftrain.storage.spans import Piece, Span, errands
 
 log = logging.getLogger("ftrain")
 PART_BYTES = 8 << 20
 PARTS_MAX = 10_000  # of one upload, to S3
 READS_IN_FLIGHT = 16
-PACE_SECONDS = 0.05  # between two looks whether to stop
 PROBE = ".ftrain-probe"
 
 
@@ -105,14 +105,24 @@ class ObjectStorage:
         self, path: str, pack: Pack, effort: Effort, *, should_stop: Callable[[], bool]
     ) -> tuple[list[int], list[int]]:
         key = self._key(path)
-        part_bytes = max(self._part_bytes, -(-pack.nbytes // (PARTS_MAX << 20)) << 20)
-        pace = _Pace(effort.bytes_per_second_max, should_stop, f"{self.url}/{path}")
+        part_bytes = self._part_bytes_of(pack.nbytes)
+        pace = Pace(effort.bytes_per_second_max, should_stop, f"{self.url}/{path}")
         parts = PackParts(pack, part_bytes, pace)
         if pack.nbytes <= part_bytes:
             self._create(key, b"".join(parts))
         else:
             self._upload(key, parts, part_bytes)
         return parts.boxes, parts.chunks
+
+    def write_stream(self, path: str, stream: Stream, effort: Effort, *, should_stop: Callable[[], bool]) -> None:
+        key = self._key(path)
+        part_bytes = self._part_bytes_of(stream.nbytes_max)
+        pace = Pace(effort.bytes_per_second_max, should_stop, f"{self.url}/{path}")
+        parts = _Regrouped(stream, part_bytes, pace)
+        if stream.nbytes_max <= part_bytes:
+            self._create(key, b"".join(parts))
+        else:
+            self._upload(key, parts, part_bytes)
 
     def read(self, path: str) -> bytes:
         return self._bucket.get(self._key(path))
@@ -159,6 +169,10 @@ class ObjectStorage:
         self._bucket.delete([one for one in below if one.count("/") != depth])
         self._bucket.abort_uploads(key)
 
+    def _part_bytes_of(self, nbytes: int) -> int:
+        """Of an object of so many bytes, so that there are not too many parts."""
+        return max(self._part_bytes, -(-nbytes // (PARTS_MAX << 20)) << 20)
+
     def _key(self, path: str) -> str:
         if path and any(part in ("", ".", "..") for part in path.split("/")):
             raise StorageError(f"{path!r} is not a path inside of {self.url}")
@@ -198,7 +212,7 @@ class ObjectStorage:
         except StorageError as error:
             raise lost or UnknownOutcome(f"{self.url}/{key} may be ours or another's: {error}") from error
 
-    def _upload(self, key: str, parts: PackParts, part_bytes: int) -> None:
+    def _upload(self, key: str, parts: Parts, part_bytes: int) -> None:
         claim = self._claim(key)
         write_id = uuid.uuid4().hex
         try:
@@ -248,27 +262,27 @@ class ObjectStorage:
             log.debug("%s/%s stays for now: %s", self.url, key, error)
 
 
-class _Pace:
-    """Called before each part with the bytes that went before: keeps to the rate, and stops who is told to."""
+class _Regrouped:
+    """A stream in parts of `part_bytes`, each in memory of its own; only the last may be smaller."""
 
-    def __init__(self, bytes_per_second_max: int, should_stop: Callable[[], bool], what: str) -> None:
-        self._bytes_per_second_max = bytes_per_second_max
-        self._should_stop = should_stop
-        self._what = what
-        self._begin = time.monotonic()
+    def __init__(self, stream: Stream, part_bytes: int, before: Callable[[int], None]) -> None:
+        self._stream = stream
+        self._part_bytes = part_bytes
+        self._before = before
+        self.all_taken = False
 
-    def __call__(self, done_bytes: int) -> None:
-        self._stop_if_over()
-        if not self._bytes_per_second_max:
-            return
-        due = self._begin + done_bytes / self._bytes_per_second_max
-        while (left := due - time.monotonic()) > 0:
-            time.sleep(min(left, PACE_SECONDS))
-            self._stop_if_over()
-
-    def _stop_if_over(self) -> None:
-        if self._should_stop():
-            raise StorageError(f"writing {self._what} was stopped: its checkpoint attempt is over")
+    def __iter__(self) -> Iterator[memoryview]:
+        held, done = bytearray(), 0
+        with contextlib.closing(iter(self._stream)) as parts:
+            for part in parts:
+                self._before(done + len(held))
+                held += part
+                while len(held) > self._part_bytes:
+                    full, held = held[: self._part_bytes], held[self._part_bytes :]
+                    done += len(full)
+                    yield memoryview(full)
+        self.all_taken = True
+        yield memoryview(held)
 
 
 class _Reader:

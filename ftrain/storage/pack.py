@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from typing import Protocol
 
 from ftrain import _native
 from ftrain._native import crc32c, crc32c_address
@@ -32,6 +33,30 @@ class Pack(_native.Pack):
         self.chunk_bytes = chunk_bytes
         self.ending = ending
         self.image = image
+
+
+class Stream(Protocol):
+    """A file whose length is known only when it has been made."""
+
+    @property
+    def nbytes_max(self) -> int:
+        """A bound of its length."""
+        ...
+
+    def __iter__(self) -> Generator[memoryview]:
+        """Its parts in order: whole pages each, in memory that begins with a page and is the next part's afterwards.
+
+        Each time all of it is made anew.
+        """
+        ...
+
+
+class Parts(Protocol):
+    """A file in parts, in order. `all_taken` once the last of them is handed out."""
+
+    all_taken: bool
+
+    def __iter__(self) -> Iterator[memoryview]: ...
 
 
 class PackParts:

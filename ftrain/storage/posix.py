@@ -25,6 +25,8 @@ from ftrain.core.layout import ALIGNMENT_BYTES
 from ftrain.errors import AlreadyExists, CorruptCheckpoint, NotFound, StorageError, UnknownOutcome, UsageError
 from ftrain.storage.base import Effort, Ranges
 from ftrain.storage.neighbours import Neighbours
+from ftrain.storage.pace import Pace
+from ftrain.storage.pack import Stream
 
 READ_THREADS = 2
 READ_BYTES_MAX = 1 << 30  # of a file that is read whole; packs never are
@@ -76,12 +78,7 @@ class PosixStorage:
                 self._path(probe).unlink(missing_ok=True)
 
     def create(self, path: str, data: bytes) -> None:
-        def write(descriptor: int) -> None:
-            rest = memoryview(data)
-            while rest:
-                rest = rest[os.write(descriptor, rest) :]
-
-        self._create(path, len(data), 0, write)
+        self._create(path, len(data), 0, lambda descriptor: _write_all(descriptor, memoryview(data)))
 
     def confirm(self, path: str, data: bytes) -> bool:
         target = self._within(path)
@@ -131,6 +128,21 @@ class PosixStorage:
             return self._create(path, pack.nbytes, os.O_DIRECT, write)
         except _NoDirectIO:
             return self._create(path, pack.nbytes, 0, write)
+
+    def write_stream(self, path: str, stream: Stream, effort: Effort, *, should_stop: Callable[[], bool]) -> None:
+        def write(descriptor: int) -> None:
+            pace = Pace(effort.bytes_per_second_max, should_stop, str(self._path(path)))
+            done = 0
+            with contextlib.closing(iter(stream)) as parts:
+                for part in parts:
+                    pace(done)
+                    _write_all(descriptor, part)
+                    done += len(part)
+
+        try:
+            self._create(path, stream.nbytes_max, os.O_DIRECT, write)
+        except _NoDirectIO:
+            self._create(path, stream.nbytes_max, 0, write)
 
     def read(self, path: str) -> bytes:
         target = self._within(path)
@@ -358,6 +370,11 @@ def _write_synced(temporary: Path, flags: int, write: Callable[[int], _T]) -> _T
         return result
     finally:
         os.close(descriptor)
+
+
+def _write_all(descriptor: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
 
 
 def _open_file(path: Path) -> int:

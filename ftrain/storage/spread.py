@@ -24,6 +24,7 @@ from ftrain._native import Pack
 from ftrain.errors import AlreadyExists, NotFound, StorageError, UsageError
 from ftrain.storage.base import Effort
 from ftrain.storage.disks import DIRECTORY, Disk, known_disks, take
+from ftrain.storage.pack import Stream
 from ftrain.storage.posix import PosixStorage
 
 log = logging.getLogger("ftrain")
@@ -78,18 +79,20 @@ class SpreadStorage(PosixStorage):
     def write_pack(
         self, path: str, pack: Pack, effort: Effort, *, should_stop: Callable[[], bool]
     ) -> tuple[list[int], list[int]]:
-        directory = self._turn(path)
-        if not directory:
-            return super().write_pack(path, pack, effort, should_stop=should_stop)
-        disk = self._disk(directory)
+        disk = self._taker(path)
         if disk is None:
-            raise StorageError(f"cannot write to {directory}: {self.url}/{DIRECTORY} has no record of this disk")
-        disk.prove_own(self.url)  # if it is not mounted any more, the pack would go to the disk below
-        if os.path.lexists(self._path(path)):
-            raise AlreadyExists(f"{self._path(path)} exists already")
+            return super().write_pack(path, pack, effort, should_stop=should_stop)
         sums = disk.storage.write_pack(path, pack, effort, should_stop=should_stop)
-        self._refer(path, f"{directory}/{path}")
+        self._refer(path, f"{disk.directory}/{path}")
         return sums
+
+    def write_stream(self, path: str, stream: Stream, effort: Effort, *, should_stop: Callable[[], bool]) -> None:
+        disk = self._taker(path)
+        if disk is None:
+            super().write_stream(path, stream, effort, should_stop=should_stop)
+            return
+        disk.storage.write_stream(path, stream, effort, should_stop=should_stop)
+        self._refer(path, f"{disk.directory}/{path}")
 
     def size(self, path: str) -> int:
         disk = self._holder(path)
@@ -128,6 +131,19 @@ class SpreadStorage(PosixStorage):
         """The disk that a new pack goes to, empty for the run's directory."""
         match = _PACK.fullmatch(path)
         return ("", *self._turns)[int(match[1]) % (1 + len(self._turns))] if match else ""
+
+    def _taker(self, path: str) -> Disk | None:
+        """The disk that a new pack goes to, proved; None for the run's directory. Raises where the pack may not."""
+        directory = self._turn(path)
+        if not directory:
+            return None
+        disk = self._disk(directory)
+        if disk is None:
+            raise StorageError(f"cannot write to {directory}: {self.url}/{DIRECTORY} has no record of this disk")
+        disk.prove_own(self.url)  # if it is not mounted any more, the pack would go to the disk below
+        if os.path.lexists(self._path(path)):
+            raise AlreadyExists(f"{self._path(path)} exists already")
+        return disk
 
     def _holder(self, path: str) -> Disk | None:
         """The disk that a pack is on, proved; None where it is in the run's directory, or a link that is not ours."""

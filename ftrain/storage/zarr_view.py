@@ -18,7 +18,8 @@ import msgspec
 
 from ftrain import _native
 from ftrain.core.layout import ITEM_BYTES, Box
-from ftrain.core.manifest import FORMAT, BoxRecord, PackIndex, data_path, pack_path
+from ftrain.core.manifest import BoxRecord, PackIndex, data_path, pack_path
+from ftrain.storage.zarr_frames import CompressedBox, chunks_of, codec_metadata, grid_of
 
 CONSOLIDATED_MAX = 4096  # nodes, beyond which saying everything twice costs more than it saves
 UP = "../../../"  # from an attempt to its run
@@ -72,8 +73,10 @@ def references(indexes: Sequence[PackIndex]) -> bytes:
     for index in sorted(indexes, key=lambda index: index.rank):
         own = f"rank-{index.rank:05d}"
         place = "" if index.attempt == attempt else f"{UP}{index.attempt.path}/"
-        for record in index.boxes:
-            part = _Part(record, f"{place}{data_path(pack_path(index.rank))}", index.image_bytes)
+        url = f"{place}{data_path(pack_path(index.rank))}"
+        for record, frames in zip(index.boxes, index.frames_of_boxes, strict=True):
+            compressed = None if frames is None else CompressedBox(record, url, index.codec, frames)
+            part = _Part(record, url, index.image_bytes, compressed)
             if record.private:
                 view.nodes[own] = _group({"rank": index.rank})
                 _add(view, f"{own}/{array_name(record.key)}", [part])
@@ -82,7 +85,7 @@ def references(indexes: Sequence[PackIndex]) -> bytes:
     for key, parts in shared.items():
         _add(view, array_name(key), parts)
     # With the metadata of all nodes in the root's, a reader lists and opens them without asking storage for each.
-    root = _group({"ftrain_format": FORMAT})
+    root = _group({"ftrain_format": max(index.format for index in indexes)})
     if len(view.nodes) <= CONSOLIDATED_MAX:
         root["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": view.nodes}
     nodes = {"": root, **view.nodes}
@@ -104,6 +107,7 @@ class _Part:
     record: BoxRecord
     url: str
     file_bytes: int
+    compressed: CompressedBox | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +118,11 @@ class _View:
 
 def _add(view: _View, name: str, parts: Sequence[_Part]) -> None:
     first = parts[0].record
-    chunk = _chunk_shape(first.shape, parts)
+    compressed = [part.compressed for part in parts if part.compressed is not None]
+    chunk = grid_of(compressed, len(parts)) if compressed else _chunk_shape(first.shape, parts)
     attributes: dict[str, Any] = {"key": first.key, "dtype": first.dtype}
     if chunk is not None:
-        view.nodes[name] = _metadata(first.shape, chunk, first.dtype, attributes)
+        view.nodes[name] = _metadata(first.shape, chunk, first.dtype, attributes, parts[0].compressed)
         for part in parts:
             view.chunks.update(_chunks(name, part, part.record.box, chunk))
         return
@@ -126,8 +131,9 @@ def _add(view: _View, name: str, parts: Sequence[_Part]) -> None:
     for number, part in enumerate(parts):
         box, own = part.record.box, f"{name}/box-{number:05d}"
         place = {**attributes, "offset": list(box.offset), "tensor_shape": list(first.shape)}
-        view.nodes[own] = _metadata(box.shape, box.shape, first.dtype, place)
-        view.chunks.update(_chunks(own, part, Box((0,) * len(box.shape), box.shape), box.shape))
+        chunk = part.compressed.frames.shape if part.compressed else box.shape
+        view.nodes[own] = _metadata(box.shape, chunk, first.dtype, place, part.compressed)
+        view.chunks.update(_chunks(own, part, Box((0,) * len(box.shape), box.shape), chunk))
 
 
 def _chunk_shape(shape: tuple[int, ...], parts: Sequence[_Part]) -> tuple[int, ...] | None:
@@ -173,6 +179,9 @@ def _fits(part: _Part, rows: int, inner: tuple[int, ...]) -> bool:
 
 def _chunks(name: str, part: _Part, box: Box, chunk: tuple[int, ...]) -> Iterable[tuple[str, list[Any]]]:
     """The box's chunks as references. `box` is the part's place in the array `name`."""
+    if part.compressed is not None:
+        yield from chunks_of(part.compressed, name, box.offset)
+        return
     if box.volume == 0:
         return
     if not chunk:
@@ -187,17 +196,27 @@ def _chunks(name: str, part: _Part, box: Box, chunk: tuple[int, ...]) -> Iterabl
         yield where, [part.url, part.record.offset + number * nbytes, nbytes]
 
 
-def _metadata(shape: Sequence[int], chunk: Sequence[int], dtype: str, attributes: Mapping[str, Any]) -> dict[str, Any]:
+def _metadata(
+    shape: Sequence[int],
+    chunk: Sequence[int],
+    dtype: str,
+    attributes: Mapping[str, Any],
+    compressed: CompressedBox | None,
+) -> dict[str, Any]:
     zarr_type = _ZARR_TYPES[dtype]
     codec: dict[str, Any] = {"name": "bytes"}
     if zarr_type not in ("bool", "int8", "uint8"):
         codec["configuration"] = {"endian": "little"}
     chunk = [max(1, size) for size in chunk]
-    return _array(shape, chunk, zarr_type, attributes, codec)
+    return _array(shape, chunk, zarr_type, attributes, codec, *codec_metadata(compressed))
 
 
 def _array(
-    shape: Sequence[int], chunk: Sequence[int], zarr_type: str, attributes: Mapping[str, Any], codec: Mapping[str, Any]
+    shape: Sequence[int],
+    chunk: Sequence[int],
+    zarr_type: str,
+    attributes: Mapping[str, Any],
+    *codecs: Mapping[str, Any],
 ) -> dict[str, Any]:
     zero: Any = False if zarr_type == "bool" else [0.0, 0.0] if zarr_type.startswith("complex") else 0
     return {
@@ -208,7 +227,7 @@ def _array(
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunk)}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
         "fill_value": zero,
-        "codecs": [codec],
+        "codecs": list(codecs),
         "attributes": dict(attributes),
     }
 

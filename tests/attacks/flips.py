@@ -36,9 +36,9 @@ def empty() -> dict[str, object]:
     return {"w": torch.zeros(100), "b": torch.zeros(3, dtype=torch.int64), "step": 0, "name": ""}
 
 
-def make_run(path: Path) -> Path:
+def make_run(path: Path, compress: str | None = None) -> Path:
     checkpoint = path / "checkpoint"
-    ftrain.save(checkpoint, value())
+    ftrain.save(checkpoint, value(), compress=compress)
     return hostile.as_run(checkpoint, path / "run")
 
 

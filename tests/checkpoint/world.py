@@ -18,6 +18,7 @@ from ftrain.checkpoint.publish import publish
 from ftrain.checkpoint.restore import Checkpoint
 from ftrain.checkpoint.snapshot import Snapshotter
 from ftrain.checkpoint.unchanged import Memory
+from ftrain.core.codec import Codec
 from ftrain.core.layout import Box, Mesh, TensorSpec, local_shard
 from ftrain.core.messages import Attempt, PackRecord
 from ftrain.storage.base import Storage
@@ -67,9 +68,10 @@ class World:
         slot: int = 0,
         memory: Memory | None = None,
         base: Attempt | None = None,
+        codec: Codec | None = None,
     ) -> list[PackRecord]:
         return [
-            persist_slot(storage, attempt, rank, Arena(fd), slot, lambda: False, memory=memory, base=base)
+            persist_slot(storage, attempt, rank, Arena(fd), slot, lambda: False, memory=memory, base=base, codec=codec)
             for rank, fd in enumerate(self.fds)
         ]
 
@@ -90,12 +92,13 @@ def save(
     size: int,
     items: Callable[[int], Sequence[TensorItem]],
     plain: Callable[[int], Mapping[str, object]] = lambda _: {},
+    codec: Codec | None = None,
 ) -> str:
     """One whole checkpoint; the digest of its manifest."""
     with World(size) as world:
         world.plan(items)
         world.take(attempt, items, plain)
-        return publish(storage, attempt, size, world.persist(storage, attempt), "test")
+        return publish(storage, attempt, size, world.persist(storage, attempt, codec=codec), "test")
 
 
 def load(checkpoint: Checkpoint, size: int, items: Callable[[int], Sequence[TensorItem]]) -> None:

@@ -69,7 +69,7 @@ def test_a_manifest_that_was_cut_is_refused(length: int) -> None:
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda body: body.update(format=2), "format 2"),
+        (lambda body: body.update(format=3), "format 3, but this version reads formats 1 and 2"),
         (lambda body: body.update(more=1), "unknown field"),
         (lambda body: body["packs"].pop(), "one for each of 2 ranks"),
         (lambda body: body["packs"].reverse(), "one for each of 2 ranks"),

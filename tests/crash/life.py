@@ -21,6 +21,7 @@ from ftrain.checkpoint.restore import Checkpoint
 from ftrain.checkpoint.retain import sweep
 from ftrain.checkpoint.unchanged import Memory
 from ftrain.core import commit, journal, recovery, retention, run_state
+from ftrain.core.codec import Codec
 from ftrain.core.journal import Appender, CommitBody, History
 from ftrain.core.layout import TensorSpec, write_plan
 from ftrain.core.messages import Attempt
@@ -35,6 +36,7 @@ ELEMENTS = 1024  # of each tensor: one block
 TRIES = 3  # of a record that storage refuses
 SLOT = 0
 INDEX_BYTES = 1 << 16
+CODEC: Codec | None = None  # of all packs
 SPECS = [
     [
         TensorSpec("w", "float32", (ELEMENTS,)),
@@ -156,7 +158,7 @@ class Life:
         seal(attempt, rank)
         try:
             pack = persist_slot(
-                self._agent, attempt, rank, _ARENAS[rank], SLOT, lambda: False, Effort(), self._memory, base
+                self._agent, attempt, rank, _ARENAS[rank], SLOT, lambda: False, Effort(), self._memory, base, CODEC
             )
         except (FtrainError, OSError) as error:
             return commit.RankFailed(rank, str(error))

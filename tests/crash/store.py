@@ -16,10 +16,9 @@ from typing import Any
 
 from ftrain.core.messages import Attempt
 from ftrain.errors import AlreadyExists, FtrainError, NotFound, StorageError, UnknownOutcome
-from ftrain.storage.base import Effort, Storage
+from ftrain.storage.base import Storage
 from ftrain.storage.bucket import Found
 from ftrain.storage.object_store import ObjectStorage, Patience
-from ftrain.storage.pack import Pack, PackParts
 from tests.crash.calls import Killed
 from tests.crash.judge import Expected, Violation, judge
 from tests.crash.life import Life, Stopped, Told, restored
@@ -332,14 +331,9 @@ class StoreSearch:
 class _SmallParts(ObjectStorage):
     """Sends packs of more than a few KiB in parts, where the real one does so from 1 MiB on."""
 
-    def write_pack(
-        self, path: str, pack: Pack, effort: Effort, *, should_stop: Callable[[], bool]
-    ) -> tuple[list[int], list[int]]:
-        if pack.nbytes <= _PART_BYTES:
-            return super().write_pack(path, pack, effort, should_stop=should_stop)
-        parts = PackParts(pack, _PART_BYTES, lambda _: None)
-        self._upload(path, parts, _PART_BYTES)
-        return parts.boxes, parts.chunks
+    def _part_bytes_of(self, nbytes: int) -> int:
+        del nbytes
+        return _PART_BYTES
 
 
 def _storage(bucket: MemoryBucket) -> ObjectStorage:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.crash import scenes
+from ftrain.core import frames
+from ftrain.core.codec import Codec
+from tests.crash import life, scenes
 from tests.crash.bugs import BUGS
 from tests.crash.judge import Expected
 from tests.crash.plan import find
@@ -44,6 +46,27 @@ def test_on_an_object_store_too_every_single_fault_leaves_a_whole_checkpoint() -
     search.errors("errors", scenes.commit, one)
     search.overtaken("fence", scenes.commit, scenes.take_over, one)
     assert not search.report.violations
+
+
+def test_a_compressed_checkpoint_is_as_whole_after_a_power_cut_an_error_or_a_kill(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(life, "CODEC", Codec.parse("blosc-zstd"))
+    monkeypatch.setattr(frames, "PLAIN_BYTES_MAX", 64)
+    with searching(moment_max=16) as search:
+        begin = scenes.beginnings(search)["referred"]
+        search.crash("commit", scenes.commit, begin, 60)
+        search.errors("errors", scenes.commit, begin, 60, runs=12)
+        search.kills("kills", scenes.commit, scenes.take_over, begin, 60, runs=4)
+        assert not search.report.violations
+    with searching(moment_max=4, opens=scenes.on_two_disks) as search:
+        search.crash("on two disks", scenes.commit, scenes.one_commit(search), 40)
+        assert not search.report.violations
+    store = StoreSearch(progress=lambda _: None)
+    one = store.begin(scenes.commit)
+    store.crash("crash", scenes.commit, one)
+    store.errors("errors", scenes.commit, one)
+    assert not store.report.violations
 
 
 def test_on_two_disks_too_a_power_cut_an_error_or_a_kill_leaves_a_whole_checkpoint() -> None:

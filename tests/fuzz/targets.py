@@ -15,6 +15,7 @@ from ftrain.checkpoint.pack_plan import PackPlan
 from ftrain.control.channel import decode_from_agent, decode_from_coordinator
 from ftrain.core import journal, manifest, plain
 from ftrain.core import messages as m
+from ftrain.core.frames import Frames
 from ftrain.core.layout import TensorSpec, write_plan
 from ftrain.errors import FtrainError
 
@@ -109,6 +110,16 @@ def _sample_index() -> bytes:
     return manifest.encode_index(pack.index(ATTEMPT, {"tracked": tracked}, [0] * len(pack.boxes), [0] * chunks))
 
 
+def _sample_compressed_index() -> bytes:
+    specs = [TensorSpec("w", "float32", (3000, 2)), TensorSpec("own", "int64", (2,), private=True)]
+    pack = PackPlan(0, 1, write_plan([specs])[0])
+    chunks = pack.layout.payload_bytes // pack.layout.chunk_bytes
+    index = pack.index(ATTEMPT, {}, [0, 0], [0] * chunks)
+    frames = (Frames((2000, 2), (90, 80), (0, 1)), None)
+    codec = {"format": manifest.FORMAT_COMPRESSED, "codec": "zstd:3", "frames": frames}
+    return manifest.encode_index(msgspec.structs.replace(index, **codec))
+
+
 def _sample_manifest() -> bytes:
     packs = tuple(
         m.PackRecord(rank, manifest.pack_path(rank), manifest.index_path(rank), "0" * 64, 4096, 8192, 1)
@@ -151,7 +162,7 @@ def samples(target: str) -> list[bytes]:
         case "manifest":
             return [_sample_manifest()]
         case "index":
-            return [_sample_index()]
+            return [_sample_index(), _sample_compressed_index()]
         case "plain":
             values = [{"a": [1, (2, b"3")], "$": float("inf")}, {1: {2: 3}}, [1 << 80, "text", None, True]]
             return [msgspec.json.encode(plain.encode(value, "plain")) for value in values]

@@ -34,6 +34,11 @@ FLAGS = [
     ("--checkpoint-every 0s", "--checkpoint-every 0s"),
     ("--keep 0", "--keep 0: at least the newest commit has to be kept"),
     ("--persist-rate fast", "--persist-rate fast: give bytes a second such as 500MB, 2GB or 512MiB, or off"),
+    (
+        "--compress gzip",
+        "--compress gzip: there are zstd, blosc-zstd, blosc-lz4, each also with a level, as in zstd:9; or off",
+    ),
+    ("--compress zstd:23", "--compress zstd:23: the levels of zstd go from 1 to 22; or off"),
     ("--disks a,,b", "--disks a,,b: give directories, separated by commas"),
     ("--disks s3://bucket/run", "--disks s3://bucket/run: give directories, separated by commas"),
     ("--run-dir run --disks run/a", "--disks: {path}/run/a is in {path}/run; give directories that are apart"),

@@ -6,7 +6,7 @@ import ctypes
 import mmap
 import random
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -197,6 +197,49 @@ def test_a_large_write_that_is_told_to_stop_in_the_middle_leaves_nothing(storage
     assert storage.list(FOLDER) == []
     storage.write_pack(PACK, pack_of(memory, 32 * MIB), EASY, should_stop=lambda: False)
     assert storage.size(PACK) == 32 * MIB
+
+
+class Zeros:
+    """A stream of so many parts of 4 MiB, each with its number in all bytes, made in the same memory."""
+
+    def __init__(self, parts: int, wrong: int = -1) -> None:
+        self.nbytes_max = parts * 5 * MIB
+        self.parts = parts
+        self.wrong = wrong
+        self.closed = 0
+
+    def __iter__(self) -> Generator[memoryview]:
+        memory = mmap.mmap(-1, 4 * MIB)
+        try:
+            for number in range(self.parts):
+                if number == self.wrong:
+                    raise CorruptCheckpoint("a part that cannot be made")
+                memory[:] = bytes([number]) * (4 * MIB)
+                yield memoryview(memory)
+        finally:
+            self.closed += 1
+
+
+@pytest.mark.parametrize("parts", [1, 2, 6])
+def test_a_stream_is_written_whole_whatever_becomes_of_the_memory_of_its_parts(
+    storage: Storage, never: Callable[[], bool], parts: int
+) -> None:
+    storage.write_stream("packs/0/c/0", Zeros(parts), EASY, should_stop=never)
+    assert storage.read("packs/0/c/0") == b"".join(bytes([number]) * (4 * MIB) for number in range(parts))
+    with pytest.raises(AlreadyExists):
+        storage.write_stream("packs/0/c/0", Zeros(parts), EASY, should_stop=never)
+
+
+def test_a_stream_that_fails_or_is_told_to_stop_leaves_nothing_and_is_closed(storage: Storage) -> None:
+    broken, stopped, asked = Zeros(6, wrong=5), Zeros(6), iter([False] * 3)
+    with pytest.raises(CorruptCheckpoint, match="cannot be made"):
+        storage.write_stream("packs/0", broken, EASY, should_stop=lambda: False)
+    with pytest.raises(StorageError, match="stopped"):
+        storage.write_stream("packs/0", stopped, EASY, should_stop=lambda: next(asked, True))
+    assert broken.closed == stopped.closed == 1
+    assert storage.list("packs") == []
+    storage.write_stream("packs/0", Zeros(6), EASY, should_stop=lambda: False)
+    assert storage.size("packs/0") == 24 * MIB
 
 
 def test_a_good_storage_passes_its_check_and_nothing_is_left(storage: Storage) -> None:

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from ftrain.checkpoint.retain import sweep
-from ftrain.errors import CorruptCheckpoint, NotFound, StorageError, UnknownOutcome, UsageError
+from ftrain.errors import AlreadyExists, CorruptCheckpoint, NotFound, StorageError, UnknownOutcome, UsageError
 from ftrain.storage import PosixStorage, open_run, open_storage
 from ftrain.storage.disks import DIRECTORY, MARK_NAME
 from ftrain.storage.spread import SpreadStorage
-from tests.storage.test_conformance import EASY, Memory, pack_of, range_of
+from tests.storage.test_conformance import EASY, Memory, Zeros, pack_of, range_of
 from tests.storage.test_posix import Calls, calls, fail_sync, small_disk
 
 __all__ = ["calls", "small_disk"]
@@ -84,6 +84,18 @@ def test_packs_go_to_the_run_directory_and_its_disks_in_turn_and_all_else_stays_
     assert [name for name in small if (place.run / name).is_file()] == small
     assert not [name for name in small for disk in place.disks if (disk / name).exists()]
     assert all(is_read(storage, path) for path in paths)
+
+
+def test_packs_of_unknown_length_go_the_same_ways(place: Place) -> None:
+    storage = place.open()
+    for rank in range(4):
+        storage.write_stream(pack(rank), Zeros(2), EASY, should_stop=lambda: False)
+    for rank, home in enumerate((place.run, *place.disks, place.run)):
+        assert (home / pack(rank)).is_file() and not (home / pack(rank)).is_symlink()
+        assert storage.size(pack(rank)) == (8 << 20)
+        assert open_storage(str(place.run)).read(pack(rank)) == storage.read(pack(rank))
+    with pytest.raises(AlreadyExists):
+        storage.write_stream(pack(1), Zeros(2), EASY, should_stop=lambda: False)
 
 
 def test_a_run_is_read_without_being_told_its_disks_and_goes_on_with_others(place: Place) -> None:

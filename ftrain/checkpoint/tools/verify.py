@@ -1,9 +1,11 @@
 """Every byte of a checkpoint, read and proved: nothing in its directory is left out. Needs no torch.
 
     journal ─sha256─► manifest.json ─sha256─► packs/*.index.json ─crc32c─► payload, chunk by chunk, box by box
-                                                     └─────────────────► zarr.json, the packs' tails, refs.json
+                                                     ├─────────────────► zarr.json, the packs' tails, refs.json
+                                                     └─crc32c, frames──► what compressed boxes become
 
-The right-hand side of the last arrow is what the indexes determine, byte by byte.
+The right-hand side of the second arrow is what the indexes determine, byte by byte. Frames are decoded, too: what
+their checksums prove is what was written, not that it can be read.
 """
 
 from __future__ import annotations
@@ -55,13 +57,17 @@ def verify(commit: Commit, on_progress: Callable[[int], None] = lambda _: None) 
                 _check_pack(storage, path, pack.index, on_progress)
             else:
                 _check_boxes(storage, pack, on_progress)
+            if pack.index.frames:
+                from ftrain.checkpoint.tools.frames import check_frames
+
+                check_frames(storage, pack)
     except NotFound as error:
         raise CorruptCheckpoint(f"{commit.url}: a file that the manifest names is gone: {error}") from error
     shared = {record.key for index in indexes for record in index.boxes if not record.private}
     private = sum(record.private for index in indexes for record in index.boxes)
     own = indexes[: manifest.world_size]
     nbytes = sum(index.image_bytes for index in own)
-    nbytes += sum(record.nbytes for index in indexes[len(own) :] for record in index.boxes)
+    nbytes += sum(size for index in indexes[len(own) :] for size in index.stored_bytes)
     return Proof(nbytes, len(shared) + private, len(own), _strange(storage, path, own))
 
 
@@ -112,12 +118,13 @@ def _check_pack(storage: Storage, path: str, index: PackIndex, on_progress: Call
 
 def _check_boxes(storage: Storage, pack: Written, on_progress: Callable[[int], None]) -> None:
     """Those boxes of an earlier attempt's pack that the checkpoint refers to."""
-    for box, crc32c in zip(pack.index.boxes, pack.index.box_crc32c, strict=True):
+    index = pack.index
+    for box, nbytes, crc32c in zip(index.boxes, index.stored_bytes, index.box_crc32c, strict=True):
         ranges = Ranges([pack.file])
-        ranges.add(0, crc32c, box.offset, box.nbytes, 0)
-        if box.nbytes and storage.read_ranges(ranges):
-            raise _damaged(storage, pack.file, pack.index, box.offset, box.nbytes)
-        on_progress(box.nbytes)
+        ranges.add(0, crc32c, box.offset, nbytes, 0)
+        if nbytes and storage.read_ranges(ranges):
+            raise _damaged(storage, pack.file, index, box.offset, nbytes)
+        on_progress(nbytes)
 
 
 class _BoxSums:
@@ -125,6 +132,7 @@ class _BoxSums:
 
     def __init__(self, index: PackIndex, where: str) -> None:
         self._index = index
+        self._sizes = index.stored_bytes
         self._where = where
         self._next = 0  # box
         self._sum = 0  # of what of it has gone by
@@ -134,25 +142,29 @@ class _BoxSums:
         """The payload's next bytes, from `offset` on. Raises `CorruptCheckpoint`."""
         boxes, end = self._index.boxes, offset + nbytes
         while self._next < len(boxes):
-            box = boxes[self._next]
+            box, size = boxes[self._next], self._sizes[self._next]
             begin = box.offset + self._at
-            count = min(box.offset + box.nbytes, end) - begin
-            if box.nbytes and count <= 0:
+            count = min(box.offset + size, end) - begin
+            if size and count <= 0:
                 return
             self._sum = _native.crc32c_address(address + begin - offset, count, self._sum) if count > 0 else self._sum
             self._at += count
-            if self._at < box.nbytes:
+            if self._at < size:
                 return
             if self._sum != self._index.box_crc32c[self._next]:
                 raise CorruptCheckpoint(
                     f"{self._where}: tensor {box.key}, saved by rank {self._index.rank}, does not match its checksum "
-                    f"({box.nbytes} bytes at offset {box.offset}), although the chunks around it do: the index is wrong"
+                    f"({size} bytes at offset {box.offset}), although the chunks around it do: the index is wrong"
                 )
             self._next, self._sum, self._at = self._next + 1, 0, 0
 
 
 def _damaged(storage: Storage, file: str, index: PackIndex, offset: int, nbytes: int) -> CorruptCheckpoint:
-    touched = [box.key for box in index.boxes if box.offset < offset + nbytes and box.offset + box.nbytes > offset]
+    touched = [
+        box.key
+        for box, size in zip(index.boxes, index.stored_bytes, strict=True)
+        if box.offset < offset + nbytes and box.offset + size > offset
+    ]
     more = f" and {len(touched) - 3} more" if len(touched) > 3 else ""
     what = f"in tensor {', '.join(touched[:3])}{more}" if touched else "in the padding between tensors"
     return CorruptCheckpoint(

@@ -42,7 +42,7 @@ def show(
     source = Everything(open_commit(commit))
     keys = matching(source.tensors, only) if tensors or stats or only else []
     figures = statistics(source, keys) if stats else {}
-    head = _head(commit)
+    head = {**_head(commit), "stored_bytes": source.checkpoint.stored_bytes, "codecs": source.checkpoint.codecs}
     objects = [
         {
             "name": one.name,
@@ -86,7 +86,10 @@ def _show_head(head: dict[str, Any]) -> None:
     when = f", {output.age(head['unix_seconds'])} ago" if head["unix_seconds"] is not None else ""
     pins = f", pinned as {', '.join(head['pins'])}" if head["pins"] else ""
     output.say(f"step {head['step']}{when}{pins}", "bold")
-    output.say(f"{output.size(head['bytes'])} of {head['world_size']} ranks, ftrain {head['ftrain']}, {head['path']}")
+    packed = f" ({output.size(head['stored_bytes'])} with {', '.join(head['codecs'])})" if head["codecs"] else ""
+    output.say(
+        f"{output.size(head['bytes'])}{packed} of {head['world_size']} ranks, ftrain {head['ftrain']}, {head['path']}"
+    )
 
 
 def _show_objects(objects: list[dict[str, Any]]) -> None:
