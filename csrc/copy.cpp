@@ -9,6 +9,7 @@
 #include <thread>
 #include <utility>
 
+#include "courtesy.hpp"
 #include "stream.hpp"
 
 namespace ftrain {
@@ -121,6 +122,7 @@ public:
 
 private:
     void serve(const std::stop_token& stop) {
+        wake_politely();
         std::unique_lock lock(mutex_);
         while (has_work_.wait(lock, stop, [this] { return !jobs_.empty(); })) {
             const std::shared_ptr<CopyJob> job = jobs_.front();

@@ -1,6 +1,7 @@
 #include "courtesy.hpp"
 
 #include <fcntl.h>
+#include <sched.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -68,6 +69,11 @@ void Courtesy::pause(const std::atomic<bool>& stop) {
     }
     last_ = *now;
     since_ = Clock::now();
+}
+
+void wake_politely() {
+    const sched_param none{};
+    (void)sched_setscheduler(0, SCHED_BATCH, &none);
 }
 
 }  // namespace ftrain

@@ -39,4 +39,8 @@ private:
     Clock::time_point since_;
 };
 
+// The calling thread, when it is woken, does not take the processor from whoever woke it: the training thread, in the middle of a
+// call. A wish: where it is refused, nothing changes.
+void wake_politely();
+
 }  // namespace ftrain

@@ -13,6 +13,7 @@
 
 #include "bindings.hpp"
 #include "copy.hpp"
+#include "courtesy.hpp"
 #include "crc32c.hpp"
 #include "failure.hpp"
 #include "mapping.hpp"
@@ -218,5 +219,6 @@ NB_MODULE(_native, m) {
     ftrain::bind_look(m);
     m.def("set_parent_death_signal", &ftrain::set_parent_death_signal, "signum"_a);
     m.def("set_child_subreaper", &ftrain::set_child_subreaper, "on"_a);
+    m.def("wake_politely", &ftrain::wake_politely);
     m.def("leave_sigterm_to_parent", &ftrain::leave_sigterm_to_parent);
 }

@@ -88,6 +88,9 @@ def set_parent_death_signal(signum: int) -> None:
 def set_child_subreaper(on: bool) -> None:
     """Whether orphaned descendants become children of this process."""
 
+def wake_politely() -> None:
+    """This thread, when it is woken, does not take the processor from who woke it, where the kernel allows that."""
+
 def leave_sigterm_to_parent() -> None:
     """SIGTERM ends this process, with code 0, only where its parent or the process itself sent it."""
 

@@ -136,7 +136,7 @@ class _Engine:
         self._plans = Plans()
         self._arena = Arena(_native.memory_file("ftrain-save"))
         self._stager = Stager()
-        self._writer = ThreadPoolExecutor(1, "ftrain-async-save")
+        self._writer = ThreadPoolExecutor(1, "ftrain-async-save", _native.wake_politely)
         self._users: list[Saving | None] = []  # of each slot, the last
         self._order: dict[int, int] = {}  # by slot, the number of the save that filled it
         self._count = 0

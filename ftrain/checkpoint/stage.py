@@ -330,7 +330,7 @@ class Stager:
 
         _in_flight.add(staging)
         by_main_thread = threading.current_thread() is threading.main_thread()
-        looker = self._looker = self._looker or ThreadPoolExecutor(1, "ftrain-look")
+        looker = self._looker = self._looker or ThreadPoolExecutor(1, "ftrain-look", _native.wake_politely)
         staging.begun = looker.submit(look_and_begin)
         return staging
 
