@@ -115,7 +115,8 @@ def main() -> None:
     print(f"{nbytes / 1e9:.2f} GB in {args.tensors} tensors, {args.repeats} repeats; medians\n")
     print("| step | by | time | bytes a second |\n|---|---|---|---|")
     for _, _, label, who in STEPS:
-        print(row(label, who, statistics.median(found[label]), nbytes))
+        if found[label]:  # some are done only for many tensors, others only for few
+            print(row(label, who, statistics.median(found[label]), nbytes))
     label = "the call, as the training thread sees it"
     print(row(label, "training thread", statistics.median(found[label]), 0))
     print(f"\npage faults per save: {statistics.median(faults):.0f} (of {nbytes // 4096} pages)")
