@@ -14,7 +14,7 @@ from ftrain._native import ControlPage
 from ftrain.core import node_attempts
 from ftrain.core.hangs import Look
 from ftrain.core.messages import Attempt
-from ftrain.core.page import NO_STEP, RECENT_NS, Field, Phase
+from ftrain.core.page import NO_STEP, RECENT_NS, Field, Phase, verdict_on
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ def disarm(pages: dict[int, ControlPage], attempt: Attempt) -> frozenset[int]:
 
 
 def give_verdict(page: ControlPage, attempt: Attempt, leave: bool) -> None:
-    page.store(Field.VERDICT, -attempt.number if leave else attempt.number)
+    page.store(Field.VERDICT, verdict_on(attempt.generation, attempt.number, leave=leave))
     notify(page)
 
 

@@ -34,7 +34,7 @@ class Field(IntEnum):
     ARMED_ATTEMPT = 33  # number of the attempt
     ARMED_SLOT = 34  # the arena's slot to fill
     ARMED_HOLD = 35  # 1: wait at that boundary until VERDICT names the attempt
-    VERDICT = 36  # attempt number: go on; its negative: leave now
+    VERDICT = 36  # `verdict_on` the newest attempt that is decided
     RELEASE = 37  # the newest generation whose ranks wait for no last snapshot: whoever is at its end leaves
     REVOKED = 39  # the newest generation that is over: whoever is in it stands still
     EVENT = 38  # counts up, and is woken as a futex, after any of the above changed: what a waiting worker waits on
@@ -42,6 +42,16 @@ class Field(IntEnum):
 
 # More words of the worker's: what its latest steps took in nanoseconds, the oldest overwritten; 0 for none yet.
 RECENT_NS = range(64, 96)
+
+
+def verdict_on(generation: int, number: int, *, leave: bool) -> int:
+    """The word that decides an attempt: larger in size for a later one, negative where the ranks are to leave.
+
+    A later verdict may be all that a waiting rank gets to see: its own attempt was decided before, and not to leave,
+    after which there is no later one.
+    """
+    word = (generation << 32) + number
+    return -word if leave else word
 
 
 class Phase(IntEnum):

@@ -19,7 +19,7 @@ from ftrain.checkpoint.black_box import BlackBox
 from ftrain.core import local
 from ftrain.core.local import BOOT_VARIABLE, PACKET_BYTES_MAX, Boot, FromWorker, Recover, WorkerMetrics
 from ftrain.core.messages import Attempt
-from ftrain.core.page import NO_STEP, RECENT_NS, Collective, Field, Phase
+from ftrain.core.page import NO_STEP, RECENT_NS, Collective, Field, Phase, verdict_on
 from ftrain.errors import PeerLost, Preempted, ProtocolError, Unavailable
 
 CAUSE_CHARS_MAX = 4000
@@ -154,16 +154,17 @@ class Link:
                 self.generation = recover.generation
                 return recover
 
-    def hold(self, number: int) -> None:
+    def hold(self, attempt: Attempt) -> None:
         """Wait for the agent's verdict, or for the end of the generation. Raises `Preempted` when it is to leave."""
         self.enter(Phase.HOLD)
-        while abs(verdict := self.page.load(Field.VERDICT)) != number:
+        mine = verdict_on(attempt.generation, attempt.number, leave=False)
+        while abs(verdict := self.page.load(Field.VERDICT)) < mine:
             event = self.page.load(Field.EVENT)
             if self.revoked:
                 return
-            if abs(self.page.load(Field.VERDICT)) != number:
+            if abs(self.page.load(Field.VERDICT)) < mine:
                 self.page.wait(Field.EVENT, event, WAIT_SECONDS)
-        if verdict < 0:
+        if verdict == -mine:
             raise Preempted
 
     def wait_armed(self, step: int, seen: int) -> Armed | None:

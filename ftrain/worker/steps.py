@@ -208,7 +208,7 @@ class Steps:
         self._run.snapshots.take(armed, self._telling())
         if armed.hold:
             self._run.snapshots.wait()
-            self._link.hold(number)
+            self._link.hold(armed.attempt)
 
     def _end(self) -> None:
         """All steps are done: the last state is committed before the script goes on."""

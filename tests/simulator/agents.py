@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ftrain.core import local, node, node_attempts
 from ftrain.core import messages as m
+from ftrain.core.page import verdict_on
 from tests.simulator.keepers import Peers
 from tests.simulator.network import Link
 from tests.simulator.workers import Memory, Worker
@@ -121,7 +122,7 @@ class Agent:
                 self.feed(node.Disarmed(attempt, self._disarm(attempt, ranks)))
             case node.SetVerdict(attempt, leave, ranks):
                 for rank in ranks:
-                    self.workers[rank].page.verdict = -attempt.number if leave else attempt.number
+                    self.workers[rank].page.verdict = verdict_on(attempt.generation, attempt.number, leave=leave)
                 self._notify(ranks)
             case node.ReleasePages(generation, ranks):
                 for rank in ranks:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ftrain.core import local
 from ftrain.core import messages as m
-from ftrain.core.page import NO_STEP, Phase
+from ftrain.core.page import NO_STEP, Phase, verdict_on
 from ftrain.errors import ExitCode
 
 if TYPE_CHECKING:
@@ -324,11 +324,12 @@ class Worker:
         if not self.alive or self.halted or self.hung:
             return
         if page.phase == Phase.HOLD:
-            if page.verdict == self.last_number:
+            mine = verdict_on(self.generation, self.last_number, leave=False)
+            if page.verdict == -mine:
+                self.end(int(ExitCode.PREEMPTED))
+            elif abs(page.verdict) >= mine:
                 page.phase = Phase.BOUNDARY
                 self._go_on()
-            elif page.verdict == -self.last_number:
-                self.end(int(ExitCode.PREEMPTED))
         elif page.phase == Phase.LAST:
             if page.armed == page.step and page.armed_attempt != self.last_number:
                 page.phase = Phase.BOUNDARY

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ftrain.checkpoint.restore import Checkpoint
 from ftrain.core.local import WorkerAtEnd, WorkerLooping, WorkerSealed, WorkerSealFailed
-from ftrain.core.page import Field, Phase
+from ftrain.core.page import Field, Phase, verdict_on
 from tests.worker.harness import agent, records, wait_for
 
 WHOLE = "tests.worker.trainings:whole"
@@ -20,9 +20,33 @@ def test_worker_told_to_go_on_after_holding_finishes_all_steps(tmp_path: Path) -
         node.start(WHOLE, OPTIONS)
         node.hear(WorkerSealed)
         assert not records(tmp_path, "rank-0")[2:]  # they hold: nobody began the third step
-        node.tell(Field.VERDICT, attempt.number)
+        node.tell(Field.VERDICT, verdict_on(attempt.generation, attempt.number, leave=False))
         assert node.end() == [0, 0]
     assert [line["step"] for line in records(tmp_path, "rank-0")] == list(range(6))
+
+
+def test_worker_that_sees_only_the_verdict_on_a_later_attempt_goes_on(tmp_path: Path) -> None:
+    with agent(tmp_path) as node:
+        attempt = node.arm(2, hold=True)
+        node.release()
+        node.start(WHOLE, OPTIONS)
+        node.hear(WorkerSealed)
+        node.tell(Field.VERDICT, verdict_on(attempt.generation, attempt.number + 1, leave=False))
+        assert node.end() == [0, 0]
+    assert [line["step"] for line in records(tmp_path, "rank-0")] == list(range(6))
+
+
+def test_verdict_of_a_former_generation_lets_nobody_go_on(tmp_path: Path) -> None:
+    with agent(tmp_path) as node:
+        attempt = node.arm(2, hold=True)
+        node.tell(Field.VERDICT, verdict_on(attempt.generation - 1, attempt.number, leave=False))
+        node.start(WHOLE, OPTIONS)
+        node.hear(WorkerSealed)
+        node.tell(Field.VERDICT, verdict_on(attempt.generation - 1, attempt.number + 7, leave=True))
+        assert not records(tmp_path, "rank-0")[2:]
+        node.tell(Field.VERDICT, verdict_on(attempt.generation, attempt.number, leave=True))
+        assert node.end() == [75, 75]
+    assert len(records(tmp_path, "rank-0")) == 2
 
 
 def test_worker_told_to_leave_after_holding_ends_as_preempted(tmp_path: Path) -> None:
@@ -30,7 +54,7 @@ def test_worker_told_to_leave_after_holding_ends_as_preempted(tmp_path: Path) ->
         attempt = node.arm(2, hold=True)
         node.start(WHOLE, OPTIONS)
         node.hear(WorkerSealed)
-        node.tell(Field.VERDICT, -attempt.number)
+        node.tell(Field.VERDICT, verdict_on(attempt.generation, attempt.number, leave=True))
         assert node.end() == [75, 75]
         assert node.commit(attempt).attempt.step == 2
     assert len(records(tmp_path, "rank-0")) == 2
