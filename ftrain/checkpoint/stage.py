@@ -170,7 +170,7 @@ class Staging:
                 self.begun.exception()  # raised by `finish`
             if self.job is not None:
                 self.job.wait()
-            self._check()
+            self._check(at_a_time=0)
             if self.ticket is not None:
                 self.ticket.order()
         finally:
@@ -231,12 +231,12 @@ class Staging:
                 "from the next time on this is copied at once"
             )
 
-    def _check(self, *, for_now: bool = False) -> None:
+    def _check(self, *, for_now: bool = False, at_a_time: int = AT_A_TIME) -> None:
         """Compare the version counters: once and for all, since after that the tensors may change, or only for now."""
         with self._lock:
             if self._checked:
                 return
-            now = versions(self._guarded, self._seen, AT_A_TIME)
+            now = versions(self._guarded, self._seen, at_a_time)
             if now != self._versions:
                 pairs = enumerate(zip(array("q", self._versions), array("q", now), strict=True))
                 self._changed = [place for place, (before, after) in pairs if before != after]
