@@ -14,10 +14,19 @@ namespace ftrain {
 
 namespace {
 
-constexpr auto LOOK_EVERY = std::chrono::milliseconds(20);
+using Seconds = std::chrono::duration<double>;
+
+constexpr Seconds LOOK_EVERY(0.02);
 constexpr auto WINDOW = std::chrono::milliseconds(2);  // of running: shorter ones tell more of chance than of others
 
 }  // namespace
+
+void sleep_until_due(std::chrono::steady_clock::time_point begin, double seconds, const std::atomic<bool>& stop) {
+    const auto left = [&] { return Seconds(seconds) - (std::chrono::steady_clock::now() - begin); };
+    for (Seconds rest = left(); rest > Seconds(0) && !stop; rest = left()) {
+        std::this_thread::sleep_for(std::min(rest, LOOK_EVERY));
+    }
+}
 
 Courtesy::Courtesy(double processors_max) : processors_max_(processors_max), since_(Clock::now()) {
     if (processors_max_ > 0) {
@@ -61,11 +70,7 @@ void Courtesy::pause(const std::atomic<bool>& stop) {
         return;
     }
     if (now->waited - last_.waited > ran) {
-        const auto due = std::chrono::duration_cast<Clock::duration>(ran / processors_max_);
-        for (auto left = due - (Clock::now() - since_); left > Clock::duration(0) && !stop;
-             left = due - (Clock::now() - since_)) {
-            std::this_thread::sleep_for(std::min<Clock::duration>(left, LOOK_EVERY));
-        }
+        sleep_until_due(since_, Seconds(ran).count() / processors_max_, stop);
     }
     last_ = *now;
     since_ = Clock::now();

@@ -8,6 +8,9 @@
 
 namespace ftrain {
 
+// Sleeps until `seconds` (a double: the clock's own would overflow) have passed since `begin`, or until told to stop.
+void sleep_until_due(std::chrono::steady_clock::time_point begin, double seconds, const std::atomic<bool>& stop);
+
 // Of one thread, which makes and uses it. Niceness alone does not do: a thread of any niceness takes memory's bandwidth and the
 // caches while it runs, and a tenth of a processor is more than training should lose.
 class Courtesy {

@@ -7,7 +7,6 @@
 #include <chrono>
 #include <cstring>
 #include <stdexcept>
-#include <thread>
 #include <utility>
 
 #include "courtesy.hpp"
@@ -33,19 +32,12 @@ std::byte* pointer(std::uintptr_t address) {
 }
 
 using Clock = std::chrono::steady_clock;
-using Seconds = std::chrono::duration<double>;  // of any length, where the clock's own would overflow
-
-constexpr Seconds LOOK_EVERY(0.02);
 
 // Keeps the average rate since `begin` at its bound by sleeping, until told to stop.
 void keep_rate(Clock::time_point begin, std::uint64_t done_bytes, std::uint64_t bytes_per_second_max,
                const std::atomic<bool>& stop) {
-    if (bytes_per_second_max == 0) {
-        return;
-    }
-    const Seconds due(static_cast<double>(done_bytes) / static_cast<double>(bytes_per_second_max));
-    for (Seconds left = due; left > Seconds(0) && !stop; left = due - (Clock::now() - begin)) {
-        std::this_thread::sleep_for(std::min(left, LOOK_EVERY));
+    if (bytes_per_second_max != 0) {
+        sleep_until_due(begin, static_cast<double>(done_bytes) / static_cast<double>(bytes_per_second_max), stop);
     }
 }
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from ftrain.checkpoint.arena import Arena
-from ftrain.checkpoint.persist import NICE_BESIDE_TRAINING, beside_training, persist_slot
+from ftrain.checkpoint.persist import beside_training, persist_slot
 from ftrain.checkpoint.unchanged import Memory
 from ftrain.core.codec import Codec
 from ftrain.core.messages import Attempt, PackRecord
@@ -19,12 +17,6 @@ from ftrain.storage.base import Storage
 
 log = logging.getLogger("ftrain.saver")
 THREADS_MAX = 8
-
-
-def _step_back() -> None:
-    """A thread that looks for what has not changed leaves the processor to training."""
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE_BESIDE_TRAINING)
 
 
 class Saver:
@@ -44,10 +36,11 @@ class Saver:
         threads = min(ranks, THREADS_MAX)
         self._storage = storage
         self._done = done
-        self._pool = ThreadPoolExecutor(threads, "ftrain-saver", _step_back)
         # Each pack keeps to its share: what one does not use, since it is done already, is not given to the others.
         share = -(-bytes_per_second_max // threads)
         self._effort = beside_training(threads, share)
+        # Looking for what has not changed leaves the processor to training, too.
+        self._pool = ThreadPoolExecutor(threads, "ftrain-saver", self._effort.step_back)
         self._codec = codec
         self._memory = Memory()
         self._cancelled: dict[Attempt, threading.Event] = {}

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ftrain.checkpoint.batches import batches
 from ftrain.checkpoint.compression import decode
 from ftrain.checkpoint.written import Written
 from ftrain.core.codec import Codec
@@ -42,7 +43,7 @@ def read_frames(storage: Storage, packs: Sequence[Written], parts: Sequence[tupl
     Memory: 64 MiB and a few frames. Raises `CorruptCheckpoint` naming tensor, rank, file and offset.
     """
     with ThreadPoolExecutor(THREADS, "ftrain-decode") as pool:
-        for batch in _batches(_runs(parts)):
+        for batch in batches(_runs(parts), lambda run: run.nbytes + run.stored_bytes, BATCH_BYTES):
             _read(storage, packs, batch, pool)
 
 
@@ -105,20 +106,6 @@ def _runs(parts: Sequence[tuple[Piece, Target]]) -> Iterator[_Run]:
             begin = (part.offset - entry.offset) // entry.item_bytes
             numbers = cut.covering(begin, begin + part.nbytes // entry.item_bytes)
             yield _Run(entry, frames, cut, numbers, offsets[numbers[0]], part, target, None)
-
-
-def _batches(runs: Iterator[_Run]) -> Iterator[list[_Run]]:
-    batch: list[_Run] = []
-    nbytes = 0
-    for run in runs:
-        size = run.nbytes + run.stored_bytes
-        if batch and nbytes + size > BATCH_BYTES:
-            yield batch
-            batch, nbytes = [], 0
-        batch.append(run)
-        nbytes += size
-    if batch:
-        yield batch
 
 
 @dataclass(frozen=True, slots=True)

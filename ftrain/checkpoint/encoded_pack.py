@@ -8,8 +8,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
-import os
-import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -104,7 +102,7 @@ class EncodedPack:
         """What is stored of all boxes, piece by piece, some of it made ahead."""
         threads = self._effort.threads
         running: deque[Future[_Bytes]] = deque()
-        with ThreadPoolExecutor(threads, "ftrain-encode", self._step_back) as pool:
+        with ThreadPoolExecutor(threads, "ftrain-encode", self._effort.step_back) as pool:
             try:
                 for make in self._makers():
                     running.append(pool.submit(make))
@@ -119,11 +117,6 @@ class EncodedPack:
         for source in self._boxes:
             for number in range(source.pieces):
                 yield partial(source.make, number, self._codec)
-
-    def _step_back(self) -> None:
-        if self._effort.nice:
-            with contextlib.suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._effort.nice)
 
 
 class _Source:

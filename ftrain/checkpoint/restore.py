@@ -12,6 +12,7 @@ import torch
 
 from ftrain import _native
 from ftrain.checkpoint.arena import Image
+from ftrain.checkpoint.batches import batches
 from ftrain.checkpoint.comparison import compare
 from ftrain.checkpoint.decoding import read_frames
 from ftrain.checkpoint.device import begin_upload
@@ -213,7 +214,7 @@ class Checkpoint:
         for place in self._read(ranges):
             key, pack = reading.proofs[place] if reading.proofs else (self._indexes[0].boxes[place].key, 0)
             raise self._damaged(key, pack, ranges.offsets[place], ranges.sizes[place])
-        for batch in _batches(reading.indirect):
+        for batch in batches(reading.indirect, lambda part: part[0].nbytes, BUFFER_BYTES):
             self._read_through_buffer(batch)
         if reading.encoded:
             read_frames(self._storage, self._packs, reading.encoded)
@@ -376,17 +377,3 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: tor
 def _aligned(nbytes: int) -> int:
     """So that the next one begins where an element of any type may."""
     return -(-nbytes // 64) * 64
-
-
-def _batches(parts: Sequence[tuple[Piece, _Target]]) -> Iterator[list[tuple[Piece, _Target]]]:
-    """The parts in runs that need about BUFFER_BYTES each."""
-    batch: list[tuple[Piece, _Target]] = []
-    nbytes = 0
-    for piece, target in parts:
-        if batch and nbytes + piece.nbytes > BUFFER_BYTES:
-            yield batch
-            batch, nbytes = [], 0
-        batch.append((piece, target))
-        nbytes += piece.nbytes
-    if batch:
-        yield batch

@@ -35,9 +35,8 @@ def save(
     a checkpoint, and `StorageError` where storage fails: then nothing is committed, on any rank.
     """
     if torch.cuda.is_available():
-        async_save(
-            path, state, step=step, keep=keep, compress=compress
-        ).result()  # what is on a device comes through pinned memory
+        # What is on a device comes through pinned memory.
+        async_save(path, state, step=step, keep=keep, compress=compress).result()
         return
     group = peers()
     with together(group, f"saving {path}"):

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import torch
 
+from ftrain.checkpoint.batches import batches
 from ftrain.checkpoint.items import TensorItem, torch_dtype
 from ftrain.checkpoint.source import Held, TensorInfo
 from ftrain.checkpoint.terms import Terms
@@ -63,7 +64,8 @@ class Selection:
         same = [item for item in items if infos[item.spec.key].dtype == item.spec.dtype]
         self._read([self._saved(item, rank) for item in same], rank)
         if len(same) < len(items):
-            for batch in _batches([item for item in items if infos[item.spec.key].dtype != item.spec.dtype]):
+            other = [item for item in items if infos[item.spec.key].dtype != item.spec.dtype]
+            for batch in batches(other, lambda item: item.local.nbytes, CAST_BYTES_MAX):
                 self._read_cast(batch, infos, rank)
 
     def _read_cast(self, items: Sequence[TensorItem], infos: Mapping[str, TensorInfo], rank: int) -> None:
@@ -110,17 +112,3 @@ class Selection:
                         self._parameters[key] = here(parameter)
                         found[f"{name}.state.{parameter}.{state}"] = key
         return found
-
-
-def _batches(items: Sequence[TensorItem]) -> Iterable[list[TensorItem]]:
-    """The items in runs of about CAST_BYTES_MAX."""
-    batch: list[TensorItem] = []
-    nbytes = 0
-    for item in items:
-        if batch and nbytes + item.local.nbytes > CAST_BYTES_MAX:
-            yield batch
-            batch, nbytes = [], 0
-        batch.append(item)
-        nbytes += item.local.nbytes
-    if batch:
-        yield batch

@@ -97,7 +97,7 @@ class PackIndex(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def stored_bytes(self) -> list[int]:
         """Of each box, in the file."""
         boxes = zip(self.boxes, self.frames_of_boxes, strict=True)
-        return [record.nbytes if own is None else own.stored_bytes for record, own in boxes]
+        return [_stored_bytes(record, own) for record, own in boxes]
 
     def entries(self, private: bool, pack: int) -> list[Entry]:
         """The boxes for `core.layout.read_plan`: this rank's own, or those of the tensors that all ranks share.
@@ -279,7 +279,7 @@ def _validate_index(index: PackIndex, path: str, sealed: bool) -> None:
         problem = _box_problem(record, own, end, index.payload_bytes)
         if problem:
             raise CorruptCheckpoint(f"{path}: the box of {record.key} at {list(record.box_offset)} {problem}")
-        end = record.offset + (record.nbytes if own is None else own.stored_bytes)
+        end = record.offset + _stored_bytes(record, own)
     seen: set[tuple[str, tuple[int, ...] | None]] = set()
     for record in index.boxes:
         place = (record.key, None if record.private else record.box_offset)
@@ -317,9 +317,14 @@ def _box_problem(record: BoxRecord, own: Frames | None, end: int, payload_bytes:
         return "is too small to be compressed"
     if own is not None and (problem := frames.problem(own, record.box_shape, item)):
         return problem
-    if record.offset + (record.nbytes if own is None else own.stored_bytes) > payload_bytes:
+    if record.offset + _stored_bytes(record, own) > payload_bytes:
         return "reaches beyond the payload"
     return ""
+
+
+def _stored_bytes(record: BoxRecord, own: Frames | None) -> int:
+    """Of a box, in the file: of its frames, where it has any."""
+    return record.nbytes if own is None else own.stored_bytes
 
 
 def _misplaced(record: BoxRecord) -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import threading
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +25,12 @@ class Effort:
     nice: int = 0
     bytes_per_second_max: int = 0
     processors_max: float = 0.0
+
+    def step_back(self) -> None:
+        """Give the calling thread this niceness; one that may not have it goes on as it is."""
+        if self.nice:
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self.nice)
 
 
 def _words() -> array[int]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import re
 import secrets
-import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -23,6 +22,7 @@ import msgspec
 
 from ftrain.errors import CorruptCheckpoint, NotFound, StorageError, UsageError
 from ftrain.storage.base import create_once
+from ftrain.storage.files import read_file
 from ftrain.storage.posix import PosixStorage
 
 DIRECTORY = "disks"
@@ -157,7 +157,8 @@ def read_mark(directory: str) -> Mark | None:
     """What a directory says of itself as a disk, None where it says nothing. Raises `CorruptCheckpoint`."""
     path = f"{directory}/{MARK_NAME}"
     try:
-        return _decoded(_read_file(path), Mark, path)
+        # Through no link: what is below a stranger's path is not known.
+        return _decoded(read_file(path, FILE_BYTES_MAX, os.O_NOFOLLOW), Mark, path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
@@ -166,17 +167,6 @@ def read_mark(directory: str) -> Mark | None:
 
 def encoded(file: Record | Mark) -> bytes:
     return msgspec.json.encode(file) + b"\n"
-
-
-def _read_file(path: str) -> bytes:
-    """Through no link, and no more than there can be: what is below a stranger's path is not known."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise CorruptCheckpoint(f"{path} is not a file")
-        return os.read(descriptor, FILE_BYTES_MAX)
-    finally:
-        os.close(descriptor)
 
 
 def _recorded(run: PosixStorage, path: str) -> Record:

@@ -16,6 +16,8 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 
@@ -41,6 +43,8 @@ PART_BYTES = 8 << 20
 PARTS_MAX = 10_000  # of one upload, to S3
 READS_IN_FLIGHT = 16
 PROBE = ".ftrain-probe"
+
+_Parts = TypeVar("_Parts", bound=Parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,25 +108,11 @@ class ObjectStorage:
     def write_pack(
         self, path: str, pack: Pack, effort: Effort, *, should_stop: Callable[[], bool]
     ) -> tuple[list[int], list[int]]:
-        key = self._key(path)
-        part_bytes = self._part_bytes_of(pack.nbytes)
-        pace = Pace(effort.bytes_per_second_max, should_stop, f"{self.url}/{path}")
-        parts = PackParts(pack, part_bytes, pace)
-        if pack.nbytes <= part_bytes:
-            self._create(key, b"".join(parts))
-        else:
-            self._upload(key, parts, part_bytes)
+        parts = self._write(path, pack.nbytes, partial(PackParts, pack), effort, should_stop)
         return parts.boxes, parts.chunks
 
     def write_stream(self, path: str, stream: Stream, effort: Effort, *, should_stop: Callable[[], bool]) -> None:
-        key = self._key(path)
-        part_bytes = self._part_bytes_of(stream.nbytes_max)
-        pace = Pace(effort.bytes_per_second_max, should_stop, f"{self.url}/{path}")
-        parts = _Regrouped(stream, part_bytes, pace)
-        if stream.nbytes_max <= part_bytes:
-            self._create(key, b"".join(parts))
-        else:
-            self._upload(key, parts, part_bytes)
+        self._write(path, stream.nbytes_max, partial(_Regrouped, stream), effort, should_stop)
 
     def read(self, path: str) -> bytes:
         return self._bucket.get(self._key(path))
@@ -168,6 +158,24 @@ class ObjectStorage:
         self._bucket.delete([one for one in below if one.count("/") == depth])
         self._bucket.delete([one for one in below if one.count("/") != depth])
         self._bucket.abort_uploads(key)
+
+    def _write(
+        self,
+        path: str,
+        nbytes_max: int,
+        cut: Callable[[int, Pace], _Parts],
+        effort: Effort,
+        should_stop: Callable[[], bool],
+    ) -> _Parts:
+        """Make `path` from what `cut` cuts into parts of so many bytes: in one create, or in an upload."""
+        key = self._key(path)
+        part_bytes = self._part_bytes_of(nbytes_max)
+        parts = cut(part_bytes, Pace(effort.bytes_per_second_max, should_stop, f"{self.url}/{path}"))
+        if nbytes_max <= part_bytes:
+            self._create(key, b"".join(parts))
+        else:
+            self._upload(key, parts, part_bytes)
+        return parts
 
     def _part_bytes_of(self, nbytes: int) -> int:
         """Of an object of so many bytes, so that there are not too many parts."""

@@ -20,14 +20,15 @@ class Pace:
         self._begin = time.monotonic()
 
     def __call__(self, done_bytes: int) -> None:
-        self._stop_if_over()
+        self.stop_if_over()
         if not self._bytes_per_second_max:
             return
         due = self._begin + done_bytes / self._bytes_per_second_max
         while (left := due - time.monotonic()) > 0:
             time.sleep(min(left, PACE_SECONDS))
-            self._stop_if_over()
+            self.stop_if_over()
 
-    def _stop_if_over(self) -> None:
+    def stop_if_over(self) -> None:
+        """Raises `StorageError` where it is told to stop."""
         if self._should_stop():
             raise StorageError(f"writing {self._what} was stopped: its checkpoint attempt is over")

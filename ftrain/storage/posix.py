@@ -11,7 +11,6 @@ import contextlib
 import errno
 import os
 import shutil
-import stat
 import threading
 import uuid
 from array import array
@@ -24,6 +23,7 @@ from ftrain._native import Pack
 from ftrain.core.layout import ALIGNMENT_BYTES
 from ftrain.errors import AlreadyExists, CorruptCheckpoint, NotFound, StorageError, UnknownOutcome, UsageError
 from ftrain.storage.base import Effort, Ranges
+from ftrain.storage.files import open_file, read_file
 from ftrain.storage.neighbours import Neighbours
 from ftrain.storage.pace import Pace
 from ftrain.storage.pack import Stream
@@ -84,7 +84,7 @@ class PosixStorage:
         target = self._within(path)
         self._refuse_doubtful(path)
         try:
-            if _read_all(target) != data:
+            if read_file(target, READ_BYTES_MAX) != data:
                 return False
         except FileNotFoundError:
             return False
@@ -109,29 +109,24 @@ class PosixStorage:
     def write_pack(
         self, path: str, pack: Pack, effort: Effort, *, should_stop: Callable[[], bool]
     ) -> tuple[list[int], list[int]]:
-        def stop_if_over() -> None:
-            if should_stop():
-                raise StorageError(f"writing {self._path(path)} was stopped: its checkpoint attempt is over")
+        pace = self._pace(path, effort, should_stop)
 
         def write(descriptor: int) -> tuple[list[int], list[int]]:
-            stop_if_over()
+            pace.stop_if_over()
             return pack.write(
                 descriptor,
                 threads=effort.threads,
                 nice=effort.nice,
                 bytes_per_second_max=effort.bytes_per_second_max,
                 processors_max=effort.processors_max,
-                on_idle=stop_if_over,
+                on_idle=pace.stop_if_over,
             )
 
-        try:
-            return self._create(path, pack.nbytes, os.O_DIRECT, write)
-        except _NoDirectIO:
-            return self._create(path, pack.nbytes, 0, write)
+        return self._create_directly(path, pack.nbytes, write)
 
     def write_stream(self, path: str, stream: Stream, effort: Effort, *, should_stop: Callable[[], bool]) -> None:
         def write(descriptor: int) -> None:
-            pace = Pace(effort.bytes_per_second_max, should_stop, str(self._path(path)))
+            pace = self._pace(path, effort, should_stop)
             done = 0
             with contextlib.closing(iter(stream)) as parts:
                 for part in parts:
@@ -139,16 +134,13 @@ class PosixStorage:
                     _write_all(descriptor, part)
                     done += len(part)
 
-        try:
-            self._create(path, stream.nbytes_max, os.O_DIRECT, write)
-        except _NoDirectIO:
-            self._create(path, stream.nbytes_max, 0, write)
+        self._create_directly(path, stream.nbytes_max, write)
 
     def read(self, path: str) -> bytes:
         target = self._within(path)
         self._refuse_doubtful(path)
         try:
-            return _read_all(target)
+            return read_file(target, READ_BYTES_MAX)
         except OSError as error:
             raise _failure("cannot read", target, error) from error
 
@@ -262,6 +254,16 @@ class PosixStorage:
             raise UnknownOutcome(
                 f"{self._path(path)} may be gone after a crash: syncing its directory failed; check the disk"
             )
+
+    def _pace(self, path: str, effort: Effort, should_stop: Callable[[], bool]) -> Pace:
+        return Pace(effort.bytes_per_second_max, should_stop, str(self._path(path)))
+
+    def _create_directly(self, path: str, nbytes: int, write: Callable[[int], _T]) -> _T:
+        """As `_create`, past the page cache where the file system does that; `write` may be called twice."""
+        try:
+            return self._create(path, nbytes, os.O_DIRECT, write)
+        except _NoDirectIO:
+            return self._create(path, nbytes, 0, write)
 
     def _create(self, path: str, nbytes: int, flags: int, write: Callable[[int], _T]) -> _T:
         target = self._path(path)
@@ -377,33 +379,12 @@ def _write_all(descriptor: int, data: memoryview) -> None:
         data = data[os.write(descriptor, data) :]
 
 
-def _open_file(path: Path) -> int:
-    """A descriptor for reading. Raises `CorruptCheckpoint` for what is no file: a pipe would be waited for for ever."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise CorruptCheckpoint(f"{path} is not a file")
-    return descriptor
-
-
-def _read_all(path: Path) -> bytes:
-    descriptor = _open_file(path)
-    try:
-        nbytes = os.fstat(descriptor).st_size
-        if nbytes > READ_BYTES_MAX:
-            raise CorruptCheckpoint(f"{path} has {nbytes} bytes, over the limit of {READ_BYTES_MAX}")
-        with os.fdopen(descriptor, "rb", closefd=False) as file:
-            return file.read(READ_BYTES_MAX + 1)
-    finally:
-        os.close(descriptor)
-
-
 def _open_to_read(path: Path, neighbours: Neighbours | None) -> tuple[int, bool]:
     """A descriptor, and whether it is for direct I/O: what the page cache holds is not read from the disk again.
 
     `neighbours` read it, too: each has a part of it brought to the page cache, from which all then read all of it.
     """
-    descriptor = _open_file(path)
+    descriptor = open_file(path)
     if neighbours is not None:
         os.posix_fadvise(descriptor, *neighbours.share(os.fstat(descriptor).st_size), os.POSIX_FADV_WILLNEED)
         return descriptor, False

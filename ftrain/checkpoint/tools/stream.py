@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ftrain.checkpoint.batches import batches
 from ftrain.checkpoint.items import torch_dtype
 from ftrain.checkpoint.source import TensorInfo, TensorSource, Wanted
 from ftrain.core.layout import Box, item_bytes
@@ -59,7 +60,7 @@ def boxes(info: TensorInfo, key: str, nbytes_max: int = PIECE_BYTES) -> Iterator
 
 def _read(sources: Sequence[TensorSource], keys: Sequence[str]) -> Iterator[list[Piece]]:
     """Each tensor's pieces, of all sources side by side."""
-    for batch in _batches(_empty(sources, keys)):
+    for batch in batches(_empty(sources, keys), _nbytes, BATCH_BYTES):
         for number, source in enumerate(sources):
             source.read([Wanted(piece.key, piece.box, piece.tensor) for piece in (side[number] for side in batch)])
         yield from batch
@@ -73,15 +74,5 @@ def _empty(sources: Sequence[TensorSource], keys: Sequence[str]) -> Iterator[lis
             yield [Piece(key, box, torch.empty(box.shape, dtype=torch_dtype(info.dtype))) for info in infos]
 
 
-def _batches(sides: Iterator[list[Piece]]) -> Iterator[list[list[Piece]]]:
-    batch: list[list[Piece]] = []
-    nbytes = 0
-    for side in sides:
-        size = sum(piece.tensor.nbytes for piece in side)
-        if batch and nbytes + size > BATCH_BYTES:
-            yield batch
-            batch, nbytes = [], 0
-        batch.append(side)
-        nbytes += size
-    if batch:
-        yield batch
+def _nbytes(side: Sequence[Piece]) -> int:
+    return sum(piece.tensor.nbytes for piece in side)
