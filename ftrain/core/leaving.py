@@ -30,10 +30,7 @@ def notice(turn: Turn, node: str, why: str, grace_seconds: float) -> None:
         if why == "SIGINT" or drain.why == REGROUP:
             drain = replace(drain, why=why)
     turn.set(drain=drain)
-    barrier = state.barrier
-    if barrier is not None and not barrier.hold and barrier.stage in (commit.Stage.PROPOSED, commit.Stage.ARMED):
-        rounds.feed(turn, commit.Expired("the run is leaving: its last step is saved instead"))
-        turn.set(cadence=replace(turn.state.cadence, retry_at=turn.now))  # that was no failure to rest from
+    rounds.take_back(turn)
     if state.phase is Phase.OPENING and why != "SIGINT" and not drain.nodes >= set(state.nodes):
         return  # the others go on, but nothing is decided about them before the history is ours
     if state.phase in (Phase.OPENING, Phase.ADOPTING, Phase.FORMING, Phase.PAUSING) and not goes_on_first(state):

@@ -29,6 +29,19 @@ def test_preempted_run_saves_its_last_step_and_leaves() -> None:
     assert lines[-2:] == ["a <- Leave 75", "b <- Leave 75"]
 
 
+def test_attempt_that_gives_way_to_the_leaving_is_no_failure() -> None:
+    scene = Scene().running()
+    scene.say("a", m.Notice("SIGTERM", 25.0))
+    assert scene.state.barrier is not None
+    assert scene.state.barrier.hold
+    assert scene.state.cadence.failures == 0
+    assert scene.state.cadence.cause == ""
+    assert not any("given up" in line for line in scene.told)
+    scene.say("a", m.AttemptFailed(scene.state.barrier.attempt, 0, "disk full"))
+    assert scene.state.cadence.failures == 1
+    assert scene.state.cadence.retry_at == scene.now + schedule.FAILED_PAUSES_SECONDS[0]
+
+
 @pytest.mark.parametrize(("joins", "code"), [(True, 75), (False, 76)])
 def test_notice_before_a_script_has_joined_costs_nothing_if_it_is_one_that_does(joins: bool, code: int) -> None:
     scene = Scene().started(joins)
