@@ -17,6 +17,7 @@ import msgspec
 
 from ftrain import _native
 from ftrain.control.client import endpoint_text
+from ftrain.control.refusals import printable
 from ftrain.control.silence import bound_silence
 from ftrain.core.messages import RANKS_PER_NODE_MAX, Attempt, Count, Name, Peer, Text
 from ftrain.errors import ProtocolError
@@ -145,7 +146,7 @@ class Wire:
         except asyncio.IncompleteReadError:
             return None
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-            raise ProtocolError(f"{self.where} sent what is not a message: {error}") from None
+            raise ProtocolError(printable(f"{self.where} sent what is not a message: {error}")) from None
         if isinstance(message, Boundary | Chunk):
             if _native.crc32c(data) != message.crc32c:
                 raise ProtocolError(f"{self.where} sent bytes that do not match their checksum")

@@ -56,5 +56,7 @@ class Refusals:
 
 def printable(text: str) -> str:
     """`text` on one line, without control characters, cut to what a log line may have."""
-    line = "".join(character if character.isprintable() else " " for character in text[: LINE_CHARS_MAX + 1])
+    line = text[: LINE_CHARS_MAX + 1]
+    if not line.isprintable():
+        line = "".join(character if character.isprintable() else " " for character in line)
     return line if len(line) <= LINE_CHARS_MAX else line[: LINE_CHARS_MAX - 3] + "..."

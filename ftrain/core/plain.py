@@ -132,5 +132,5 @@ def _decode_tagged(value: Mapping[str, object], depth: int) -> object:
             case "dict", list():
                 return {_decode(key, depth - 1): _decode(item, depth - 1) for key, item in content}
     except (ValueError, TypeError, binascii.Error, OverflowError) as error:
-        raise CorruptCheckpoint(f"plain data with a malformed {kind}: {error}") from None
+        raise CorruptCheckpoint(f"plain data with a malformed {kind}: {error!s:.120}") from None
     raise CorruptCheckpoint(f"plain data with an unknown tag {str(kind)[:80]!r}")

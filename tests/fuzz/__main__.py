@@ -1,52 +1,64 @@
 """Feeds bad inputs to the parsers of what others write. Anything but one of ftrain's errors is a finding.
 
 python -m tests.fuzz --minutes 5               all parsers in turn, by mutation
+python -m tests.fuzz --executions 10_000_000   so many inputs for each parser
 python -m tests.fuzz --minutes 5 --atheris     led by coverage, where atheris is installed
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import random
 import subprocess
 import sys
 import time
 
-from tests.fuzz.mutate import mutated
+from tests.fuzz.mutate import Sample, below, mutated
 from tests.fuzz.targets import TARGETS, execute, samples
 
 SLOW_SECONDS = 2.0
 KEPT_MAX = 400  # inputs that were taken, to go on from
+SIZE_KEPT_MAX = 20_000  # bytes
+WATCHED = 1000  # executions, which together may take
+WATCH_SECONDS = 120.0
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=1.0)
+    parser.add_argument("--minutes", type=float)
+    parser.add_argument("--executions", type=int, help="of each parser, instead of minutes of all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--target", choices=sorted(TARGETS))
     parser.add_argument("--atheris", action="store_true")
     arguments = parser.parse_args()
     chosen = [arguments.target] if arguments.target else list(TARGETS)
-    seconds = arguments.minutes * 60 / len(chosen)
+    seconds = (arguments.minutes or 1.0) * 60 / len(chosen)
     findings = 0
     for target in chosen:
         if arguments.atheris:
             findings += led_by_coverage(target, seconds)
+        elif arguments.executions:
+            findings += by_mutation(target, arguments.seed, executions=arguments.executions)
         else:
-            findings += by_mutation(target, seconds, arguments.seed)
+            findings += by_mutation(target, arguments.seed, seconds=seconds)
     print(f"{findings} findings")
     sys.exit(1 if findings else 0)
 
 
-def by_mutation(target: str, seconds: float, seed: int) -> int:
-    dice = random.Random(seed)
-    kept = samples(target)
-    executions = taken = findings = 0
+def by_mutation(target: str, seed: int, *, executions: int = sys.maxsize, seconds: float = float("inf")) -> int:
+    """The number of findings. A hang ends the process, with the line that it hangs at."""
+    dice = random.Random(f"{seed} {target}")
+    kept = [Sample.of(data) for data in samples(target)]
+    first = len(kept)
+    done = taken = findings = 0
     slowest = 0.0
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        data = mutated(dice.choice(kept), dice)
-        began = time.process_time()
+    began = time.monotonic()
+    before = time.process_time()
+    while done < executions and (done % WATCHED or time.monotonic() - began < seconds):
+        if done % WATCHED == 0:
+            faulthandler.dump_traceback_later(WATCH_SECONDS, exit=True)
+        data = mutated(kept[below(len(kept), dice)], dice)
         try:
             good = execute(target, data)
         except Exception as error:
@@ -54,17 +66,27 @@ def by_mutation(target: str, seconds: float, seed: int) -> int:
             if findings <= 5:
                 print(f"{target}: {type(error).__name__}: {error!s:.200}\n  {data!r:.500}", flush=True)
             good = False
-        spent = time.process_time() - began
-        slowest = max(slowest, spent)
-        if spent > SLOW_SECONDS:
-            findings += 1
-            print(f"{target}: {spent:.1f} s for {data!r:.200}", flush=True)
-        executions += 1
-        taken += good
-        if good and len(data) < 20_000:
-            kept = [*kept[-KEPT_MAX:], data]
+        now = time.process_time()  # what it took to make the input is in it
+        if now - before > slowest:
+            slowest = now - before
+            if slowest > SLOW_SECONDS:
+                findings += 1
+                print(f"{target}: {slowest:.1f} s for {data!r:.200}", flush=True)
+        before = now
+        done += 1
+        if good:
+            taken += 1
+            if len(data) < SIZE_KEPT_MAX and (len(kept) < KEPT_MAX or taken % 8 == 0):
+                sample = Sample.of(data)
+                if len(kept) < KEPT_MAX:
+                    kept.append(sample)
+                else:  # never one of those that it began with
+                    kept[first + below(KEPT_MAX - first, dice)] = sample
+    faulthandler.cancel_dump_traceback_later()
+    rate = done / max(1e-9, time.monotonic() - began)
     print(
-        f"{target:12} {executions:9} executions, {taken} taken, slowest {slowest:.3f} s, {findings} findings",
+        f"{target:12} {done:11,} executions, {rate:7,.0f} a second, {taken:,} taken, slowest {slowest:.3f} s, "
+        f"{findings} findings",
         flush=True,
     )
     return findings

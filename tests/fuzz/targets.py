@@ -18,8 +18,8 @@ from ftrain.core import messages as m
 from ftrain.core.frames import Frames
 from ftrain.core.layout import TensorSpec, write_plan
 from ftrain.errors import FtrainError
+from tests.fuzz.messages import ATTEMPT, EARLIER, FROM_AGENT, FROM_COORDINATOR, FROM_PEER, ORIGIN
 
-ATTEMPT = m.Attempt(1, 20, 2)
 REFUSAL_CHARS_MAX = (2000, 100_000)  # that of an index may name its tensor and its shape
 
 
@@ -79,6 +79,11 @@ def _peer(data: bytes) -> None:
         coroutine.close()
 
 
+def _peer_message(data: bytes) -> None:
+    """In a frame that is right, so that the message itself is looked at."""
+    _peer(struct.pack("<II", len(data), 0) + data)
+
+
 TARGETS: dict[str, Callable[[bytes], object]] = {
     "journal": _journal,
     "record": _record,
@@ -88,6 +93,7 @@ TARGETS: dict[str, Callable[[bytes], object]] = {
     "agent": lambda data: decode_from_agent(data, "an agent"),
     "coordinator": lambda data: decode_from_coordinator(data, "a coordinator"),
     "peer": _peer,
+    "peer-message": _peer_message,
 }
 
 
@@ -131,8 +137,9 @@ def _sample_manifest() -> bytes:
 def _sample_records() -> list[journal.Record]:
     bodies: list[journal.Body] = [
         journal.RunBody("run", "job", "version"),
-        journal.GenerationBody(1, 2, (journal.MemberRecord("n", 0, 0, 2),), ATTEMPT),
+        journal.GenerationBody(1, 2, (journal.MemberRecord("n", 0, 0, 2, "host"),), ATTEMPT, "why", 20),
         journal.CommitBody(ATTEMPT, 2, "0" * 64, 4096),
+        journal.CommitBody(ATTEMPT, 2, "0" * 64, 4096, ORIGIN, (EARLIER,), {"loss": m.Logged(20, 1.5)}),
         journal.RetireBody(ATTEMPT),
         journal.FinishBody(0, 20, "done"),
     ]
@@ -140,20 +147,13 @@ def _sample_records() -> list[journal.Record]:
 
 
 def _sample_frames() -> bytes:
-    frames = [
-        (peer_wire.Greet("run", "node"), b""),
-        (peer_wire.Boundary(1, 0, 5, "shard", True, 0), b""),
-        (peer_wire.WantSnapshot(0, ATTEMPT), b""),
-        (peer_wire.Done(), b""),
-    ]
-    encoded = [(msgspec.json.encode(message), data) for message, data in frames]
-    return b"".join(struct.pack("<II", len(head), len(data)) + head + data for head, data in encoded)
+    heads = [msgspec.json.encode(message) for message in FROM_PEER]
+    return b"".join(struct.pack("<II", len(head), 0) + head for head in heads)
 
 
 def samples(target: str) -> list[bytes]:
     """Good inputs, to begin with."""
     records = _sample_records()
-    report = m.Report(ranks=(m.RunningRank(0, 0, 1, 5, 3),), exits=(m.RankExit(1, 1, 2, 1),))
     match target:
         case "journal":
             return [journal.encode(record) for record in records]
@@ -167,15 +167,10 @@ def samples(target: str) -> list[bytes]:
             values = [{"a": [1, (2, b"3")], "$": float("inf")}, {1: {2: 3}}, [1 << 80, "text", None, True]]
             return [msgspec.json.encode(plain.encode(value, "plain")) for value in values]
         case "agent":
-            pack = m.PackRecord(0, "p", "i", "0" * 64, 1, 2, 3)
-            said = [
-                m.Changed(report=report),
-                m.Prepared(attempt=ATTEMPT, pack=pack),
-                m.Notice(why="SIGTERM", grace_seconds=30),
-            ]
-            return [msgspec.json.encode(message) for message in said]
+            return [msgspec.json.encode(message) for message in FROM_AGENT]
         case "coordinator":
-            told = [m.Arm(1, ATTEMPT), m.Stop(1, 2, "why", 1.0), m.Committed(1, ATTEMPT)]
-            return [msgspec.json.encode(message) for message in told]
+            return [msgspec.json.encode(message) for message in FROM_COORDINATOR]
+        case "peer-message":
+            return [msgspec.json.encode(message) for message in FROM_PEER]
         case _:
             return [_sample_frames()]
