@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ftrain import _native
-from ftrain.checkpoint.device import DeviceCopies, DeviceTicket
+from ftrain.checkpoint.staging.device import DeviceCopies, DeviceTicket
 from ftrain.core.layout import align
 
 DEVICE = torch.device("cuda", 0)

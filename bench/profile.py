@@ -25,11 +25,11 @@ import torch
 
 import ftrain
 from ftrain.checkpoint import async_save as engine
-from ftrain.checkpoint import stage
-from ftrain.checkpoint import target as commits
-from ftrain.checkpoint.agreement import Plans
-from ftrain.checkpoint.job import Jobs
-from ftrain.checkpoint.stage import Stager, Staging
+from ftrain.checkpoint.staging import stage
+from ftrain.checkpoint.staging.stage import Stager, Staging
+from ftrain.checkpoint.writing import target as commits
+from ftrain.checkpoint.writing.agreement import Plans
+from ftrain.checkpoint.writing.job import Jobs
 from ftrain.storage.posix import PosixStorage
 
 # What is timed, in the order in which it happens: (class or module, function, what it does, who does it).

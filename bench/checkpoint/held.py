@@ -12,13 +12,13 @@ from limits import Memory
 from states import State, clear, digest
 
 from ftrain import _native
-from ftrain.checkpoint.arena import Arena
 from ftrain.checkpoint.garbage import no_collection
-from ftrain.checkpoint.items import items_of
-from ftrain.checkpoint.persist import persist_slot
 from ftrain.checkpoint.publish import publish
-from ftrain.checkpoint.restore import Checkpoint
+from ftrain.checkpoint.reading.restore import Checkpoint
 from ftrain.checkpoint.snapshot import Snapshotter
+from ftrain.checkpoint.staging.arena import Arena
+from ftrain.checkpoint.state.items import items_of
+from ftrain.checkpoint.writing.persist import persist_slot
 from ftrain.core.manifest import decode_index
 from ftrain.core.messages import Attempt
 from ftrain.storage import open_storage

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 from ftrain import _native
 from ftrain.agent import peer_wire as wire
-from ftrain.checkpoint.arena import Arena
-from ftrain.checkpoint.memory import available_bytes
+from ftrain.checkpoint.staging.arena import Arena
+from ftrain.checkpoint.staging.memory import available_bytes
 from ftrain.core import keeping
 from ftrain.core import messages as m
 from ftrain.core.keeping import Kept

@@ -16,7 +16,7 @@ from ftrain.agent.keeper import Keeper
 from ftrain.agent.peer_sender import Rank, Sender
 from ftrain.agent.peer_wire import Wire
 from ftrain.agent.workers import RankMemory
-from ftrain.checkpoint.black_box import BlackBox
+from ftrain.checkpoint.staging.black_box import BlackBox
 from ftrain.control.secret import Secret
 from ftrain.core import messages as m
 from ftrain.core.manifest import INDEX_BYTES_MAX

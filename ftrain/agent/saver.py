@@ -7,9 +7,9 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from ftrain.checkpoint.arena import Arena
-from ftrain.checkpoint.persist import beside_training, persist_slot
-from ftrain.checkpoint.unchanged import Memory
+from ftrain.checkpoint.staging.arena import Arena
+from ftrain.checkpoint.writing.persist import beside_training, persist_slot
+from ftrain.checkpoint.writing.unchanged import Memory
 from ftrain.core.codec import Codec
 from ftrain.core.messages import Attempt, PackRecord
 from ftrain.errors import FtrainError

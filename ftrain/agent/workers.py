@@ -16,8 +16,8 @@ import msgspec
 from ftrain import _native
 from ftrain.agent import pages
 from ftrain.agent.logs import RankLogs
-from ftrain.checkpoint.arena import Arena
-from ftrain.checkpoint.black_box import BlackBox
+from ftrain.checkpoint.staging.arena import Arena
+from ftrain.checkpoint.staging.black_box import BlackBox
 from ftrain.core import local
 from ftrain.core.messages import ErrorReport, RankExit
 from ftrain.core.page import NO_STEP, Field

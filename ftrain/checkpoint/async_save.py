@@ -11,14 +11,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from ftrain import _native
-from ftrain.checkpoint.agreement import Agreed, Plans
-from ftrain.checkpoint.arena import Arena, Image
-from ftrain.checkpoint.job import Job, Jobs, State
-from ftrain.checkpoint.pack_plan import CleanSlots, PackPlan
 from ftrain.checkpoint.peers import Peers, peers, together
-from ftrain.checkpoint.persist import beside_training
-from ftrain.checkpoint.stage import StagePlan, Stager, Staging
-from ftrain.checkpoint.target import Target
+from ftrain.checkpoint.staging.arena import Arena, Image
+from ftrain.checkpoint.staging.stage import StagePlan, Stager, Staging
+from ftrain.checkpoint.writing.agreement import Agreed, Plans
+from ftrain.checkpoint.writing.job import Job, Jobs, State
+from ftrain.checkpoint.writing.pack_plan import CleanSlots, PackPlan
+from ftrain.checkpoint.writing.persist import beside_training
+from ftrain.checkpoint.writing.target import Target
 from ftrain.core.layout import TensorSpec
 from ftrain.errors import MismatchedState, UsageError
 from ftrain.storage import Opener

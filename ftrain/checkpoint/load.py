@@ -5,22 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ftrain.checkpoint.agreement import asked_by_others
-from ftrain.checkpoint.bare import Bare
 from ftrain.checkpoint.catalogue import find
-from ftrain.checkpoint.comparison import Comparison, compare
+from ftrain.checkpoint.exchange import asked_by_others
 from ftrain.checkpoint.foreign.opening import open_foreign
 from ftrain.checkpoint.garbage import no_collection
-from ftrain.checkpoint.items import TensorItem
-from ftrain.checkpoint.job import State
 from ftrain.checkpoint.loaded import Loaded
 from ftrain.checkpoint.peers import Apart, readers, together
-from ftrain.checkpoint.restore import Checkpoint
-from ftrain.checkpoint.selection import Selection
-from ftrain.checkpoint.source import TensorSource
-from ftrain.checkpoint.terms import SAME, Rename, Terms, can_cast
+from ftrain.checkpoint.reading.restore import Checkpoint
+from ftrain.checkpoint.state.bare import Bare
+from ftrain.checkpoint.state.comparison import Comparison, compare
+from ftrain.checkpoint.state.items import TensorItem
+from ftrain.checkpoint.state.selection import Selection
+from ftrain.checkpoint.state.source import TensorSource
+from ftrain.checkpoint.state.terms import SAME, Rename, Terms, can_cast
+from ftrain.checkpoint.state.tracked import REST, Tracked
 from ftrain.checkpoint.tools.opening import open_commit
-from ftrain.checkpoint.tracked import REST, Tracked
+from ftrain.checkpoint.writing.job import State
 from ftrain.core.manifest import MANIFEST_PATH
 from ftrain.errors import CheckpointNotFound, MismatchedState
 from ftrain.storage import open_in_run, open_storage

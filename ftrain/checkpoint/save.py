@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from ftrain.checkpoint.agreement import Plans
 from ftrain.checkpoint.async_save import async_save
-from ftrain.checkpoint.host import in_host_memory
-from ftrain.checkpoint.job import Jobs, State
-from ftrain.checkpoint.look import host_addresses
 from ftrain.checkpoint.peers import peers, together
-from ftrain.checkpoint.target import Target
+from ftrain.checkpoint.staging.host import in_host_memory
+from ftrain.checkpoint.staging.look import host_addresses
+from ftrain.checkpoint.writing.agreement import Plans
+from ftrain.checkpoint.writing.job import Jobs, State
+from ftrain.checkpoint.writing.target import Target
 from ftrain.storage.base import Effort
 
 EFFORT = Effort(threads=2)  # nothing else is to be done meanwhile

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
-from ftrain.checkpoint.agreement import encode_plain, encode_specs, exchange_specs, refuse_twice
-from ftrain.checkpoint.arena import Arena
-from ftrain.checkpoint.items import TensorItem, written_of
-from ftrain.checkpoint.pack_plan import CleanSlots, PackPlan
-from ftrain.checkpoint.stage import StagePlan, Stager, Staging
+from ftrain.checkpoint.exchange import encode_plain, encode_specs, exchange_specs
+from ftrain.checkpoint.staging.arena import Arena
+from ftrain.checkpoint.staging.stage import StagePlan, Stager, Staging
+from ftrain.checkpoint.state.items import TensorItem, written_of
+from ftrain.checkpoint.writing.agreement import refuse_twice
+from ftrain.checkpoint.writing.pack_plan import CleanSlots, PackPlan
 from ftrain.core.layout import TensorSpec, WriteItem, describe, image_of, whole, write_plan
 from ftrain.core.messages import Attempt
 from ftrain.errors import MismatchedState, ProtocolError

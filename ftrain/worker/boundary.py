@@ -16,9 +16,9 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ftrain import _native
-from ftrain.checkpoint.host import all_lie_in_host_memory, in_host_memory
-from ftrain.checkpoint.items import TensorItem, torch_dtype
-from ftrain.checkpoint.tracked import Tracked
+from ftrain.checkpoint.staging.host import all_lie_in_host_memory, in_host_memory
+from ftrain.checkpoint.state.items import TensorItem, torch_dtype
+from ftrain.checkpoint.state.tracked import Tracked
 from ftrain.errors import MismatchedState, NotPlainData, UnsupportedTensor
 from ftrain.worker import random_state
 from ftrain.worker.data import Batches

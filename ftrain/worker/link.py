@@ -14,8 +14,8 @@ from types import FrameType
 import msgspec
 
 from ftrain._native import ControlPage
-from ftrain.checkpoint.arena import Arena
-from ftrain.checkpoint.black_box import BlackBox
+from ftrain.checkpoint.staging.arena import Arena
+from ftrain.checkpoint.staging.black_box import BlackBox
 from ftrain.core import local
 from ftrain.core.local import BOOT_VARIABLE, PACKET_BYTES_MAX, Boot, FromWorker, Recover, WorkerMetrics
 from ftrain.core.messages import Attempt

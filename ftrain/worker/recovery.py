@@ -21,9 +21,9 @@ from typing import Any
 import msgspec
 from torch.distributed import PrefixStore, Store
 
-from ftrain.checkpoint.arena_restore import restore_from_arenas
-from ftrain.checkpoint.live_copy import copy_live
-from ftrain.checkpoint.tracked import Tracked
+from ftrain.checkpoint.reading.arena_restore import restore_from_arenas
+from ftrain.checkpoint.reading.live_copy import copy_live
+from ftrain.checkpoint.state.tracked import Tracked
 from ftrain.core.local import Recover
 from ftrain.core.manifest import decode_index
 from ftrain.core.messages import Attempt, Line, Resume, Tier

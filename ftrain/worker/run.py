@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore
 
-from ftrain.checkpoint.items import TensorItem
-from ftrain.checkpoint.restore import Checkpoint
-from ftrain.checkpoint.tracked import Tracked
+from ftrain.checkpoint.reading.restore import Checkpoint
+from ftrain.checkpoint.state.items import TensorItem
+from ftrain.checkpoint.state.tracked import Tracked
 from ftrain.checkpoint.wire import gather_bytes
 from ftrain.core import local
 from ftrain.core.manifest import decode_index

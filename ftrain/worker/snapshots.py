@@ -17,10 +17,10 @@ from collections.abc import Callable, Sequence
 
 from torch.distributed import HashStore, Store
 
-from ftrain.checkpoint.items import TensorItem
-from ftrain.checkpoint.live_copy import shard_of
+from ftrain.checkpoint.reading.live_copy import shard_of
 from ftrain.checkpoint.snapshot import Snapshotter
-from ftrain.checkpoint.stage import Staging
+from ftrain.checkpoint.staging.stage import Staging
+from ftrain.checkpoint.state.items import TensorItem
 from ftrain.core import local
 from ftrain.errors import MismatchedState, PeerLost, Unavailable
 from ftrain.worker.link import Armed, Link

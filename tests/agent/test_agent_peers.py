@@ -17,7 +17,7 @@ from ftrain.agent import copies, peer_wire
 from ftrain.agent.peer_sender import Rank
 from ftrain.agent.peers import FETCHED_SLOT, Peers
 from ftrain.agent.workers import RankMemory
-from ftrain.checkpoint.arena import Arena
+from ftrain.checkpoint.staging.arena import Arena
 from ftrain.control.secret import Secret
 from ftrain.core import messages as m
 from ftrain.errors import PeerLost

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ftrain.agent.saver import Saver
-from ftrain.checkpoint.items import item_of
+from ftrain.checkpoint.state.items import item_of
 from ftrain.core.layout import CHUNK_BYTES_MAX
 from ftrain.core.messages import Attempt, PackRecord
 from ftrain.storage import PosixStorage

@@ -19,11 +19,11 @@ from torch.nn.parallel import DistributedDataParallel
 import ftrain
 from ftrain import _native
 from ftrain.checkpoint import wire
-from ftrain.checkpoint.arena import Arena
-from ftrain.checkpoint.arena_restore import restore_from_arenas
-from ftrain.checkpoint.live_copy import copy_live
+from ftrain.checkpoint.reading.arena_restore import restore_from_arenas
+from ftrain.checkpoint.reading.live_copy import copy_live
 from ftrain.checkpoint.snapshot import Snapshotter
-from ftrain.checkpoint.tracked import Tracked
+from ftrain.checkpoint.staging.arena import Arena
+from ftrain.checkpoint.state.tracked import Tracked
 from ftrain.core.messages import Attempt
 from ftrain.errors import MismatchedState, UnsupportedTensor
 from tests.checkpoint.world import bits

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from ftrain import _native
-from ftrain.checkpoint import arena as arena_module
-from ftrain.checkpoint.arena import Arena
+from ftrain.checkpoint.staging import arena as arena_module
+from ftrain.checkpoint.staging.arena import Arena
 from ftrain.errors import CorruptCheckpoint, OutOfMemory
 
 
@@ -130,7 +130,7 @@ def test_the_file_cannot_shrink_under_its_readers(fd: int) -> None:
 
 def test_a_snapshot_outlives_the_process_that_sealed_it(fd: int) -> None:
     code = (
-        "import os, signal; from ftrain.checkpoint.arena import Arena\n"
+        "import os, signal; from ftrain.checkpoint.staging.arena import Arena\n"
         f"arena = Arena({fd}); arena.reserve(2, 4096, 10, 0)\n"
         "arena.view(0, 0, 4)[:] = b'last'; arena.write_index(0, b'i')\n"
         "os.kill(os.getpid(), signal.SIGKILL)"

@@ -12,8 +12,8 @@ from multiprocessing.connection import Connection
 import pytest
 
 from ftrain import _native
-from ftrain.checkpoint import black_box
-from ftrain.checkpoint.black_box import BlackBox
+from ftrain.checkpoint.staging import black_box
+from ftrain.checkpoint.staging.black_box import BlackBox
 from ftrain.errors import OutOfMemory
 
 LARGE_BYTES = 24 << 20
@@ -122,5 +122,5 @@ def test_writer_killed_in_the_middle_leaves_the_older_one_whole(fd: int) -> None
 
 
 def test_agent_reads_it_without_torch() -> None:
-    program = "import sys, ftrain.checkpoint.black_box; sys.exit('torch' in sys.modules)"
+    program = "import sys, ftrain.checkpoint.staging.black_box; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False, timeout=60).returncode == 0

@@ -12,9 +12,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import ftrain
-from ftrain.checkpoint import encoded_pack
-from ftrain.checkpoint.encoded_pack import AHEAD, EncodedPack
-from ftrain.checkpoint.pack_plan import PackPlan
+from ftrain.checkpoint.writing import encoded_pack
+from ftrain.checkpoint.writing.encoded_pack import AHEAD, EncodedPack
+from ftrain.checkpoint.writing.pack_plan import PackPlan
 from ftrain.core.codec import Codec
 from ftrain.core.frames import FRAME_BYTES_MAX
 from ftrain.core.layout import CHUNK_BYTES_MAX, TensorSpec, write_plan

@@ -20,13 +20,13 @@ from hypothesis import strategies as st
 
 import ftrain
 from ftrain import _native
-from ftrain.checkpoint.arena import Arena
 from ftrain.checkpoint.catalogue import find
 from ftrain.checkpoint.compression import decode, encode
-from ftrain.checkpoint.items import TensorItem, item_of
-from ftrain.checkpoint.persist import persist_slot
-from ftrain.checkpoint.restore import Checkpoint
+from ftrain.checkpoint.reading.restore import Checkpoint
+from ftrain.checkpoint.staging.arena import Arena
+from ftrain.checkpoint.state.items import TensorItem, item_of
 from ftrain.checkpoint.tools.verify import verify
+from ftrain.checkpoint.writing.persist import persist_slot
 from ftrain.core import frames
 from ftrain.core.codec import LEVELS, Codec
 from ftrain.core.layout import ITEM_BYTES

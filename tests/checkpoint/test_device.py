@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from ftrain import _native
-from ftrain.checkpoint import device
-from ftrain.checkpoint.arena import Image
-from ftrain.checkpoint.device import PLANS_MAX, DeviceCopies, begin_upload
-from ftrain.checkpoint.stage import Stager
+from ftrain.checkpoint.staging import device
+from ftrain.checkpoint.staging.arena import Image
+from ftrain.checkpoint.staging.device import PLANS_MAX, DeviceCopies, begin_upload
+from ftrain.checkpoint.staging.stage import Stager
 from tests.native.standin.gpu import OUT_OF_MEMORY, Gpu, library
 
 SEEDS = range(6)

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from ftrain.checkpoint.items import dtype_name, item_of, items_of, spec_of, torch_dtype
+from ftrain.checkpoint.state.items import dtype_name, item_of, items_of, spec_of, torch_dtype
 from ftrain.core.layout import ITEM_BYTES, Mesh, TensorSpec, local_shard
 from ftrain.errors import UnsupportedTensor
 

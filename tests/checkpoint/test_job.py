@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from ftrain.checkpoint import look as looks
-from ftrain.checkpoint.job import Jobs
+from ftrain.checkpoint.staging import look as looks
+from ftrain.checkpoint.writing.job import Jobs
 from ftrain.errors import UsageError
 
 State = dict[str, Any]

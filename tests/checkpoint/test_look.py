@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from ftrain import _native
-from ftrain.checkpoint import look as looks
-from ftrain.checkpoint.look import PLAIN, host_addresses, is_unchanged, look, quick_look, versions
+from ftrain.checkpoint.staging import look as looks
+from ftrain.checkpoint.staging.look import PLAIN, host_addresses, is_unchanged, look, quick_look, versions
 
 needs_exchange = pytest.mark.skipif(
     looks._exchange is None, reason="this torch tells nothing about many tensors at once"

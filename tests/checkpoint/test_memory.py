@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ftrain.checkpoint import memory
+from ftrain.checkpoint.staging import memory
 
 
 def test_the_tightest_control_group_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,7 +31,7 @@ def test_the_tightest_control_group_counts(tmp_path: Path, monkeypatch: pytest.M
 
 def test_the_agents_side_needs_neither_torch_nor_numpy_nor_zarr() -> None:
     code = (
-        "import sys, ftrain.checkpoint.persist, ftrain.checkpoint.publish, ftrain.checkpoint.retain\n"
+        "import sys, ftrain.checkpoint.writing.persist, ftrain.checkpoint.publish, ftrain.checkpoint.retain\n"
         "assert not {'torch', 'numpy', 'zarr'} & set(sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

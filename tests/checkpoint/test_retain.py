@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ftrain.checkpoint.items import TensorItem, item_of
-from ftrain.checkpoint.restore import Checkpoint
+from ftrain.checkpoint.reading.restore import Checkpoint
 from ftrain.checkpoint.retain import remove, sweep
+from ftrain.checkpoint.state.items import TensorItem, item_of
 from ftrain.core.messages import Attempt
 from ftrain.errors import CheckpointNotFound
 from ftrain.storage import PosixStorage
@@ -53,8 +53,8 @@ def test_a_removed_checkpoint_is_gone_and_removing_it_again_is_no_error(tmp_path
 # Persists the snapshot in the arena behind the descriptor and is killed at the system call whose number it is given.
 PERSIST = """
 import os, signal, sys
-from ftrain.checkpoint.arena import Arena
-from ftrain.checkpoint.persist import persist_slot
+from ftrain.checkpoint.staging.arena import Arena
+from ftrain.checkpoint.writing.persist import persist_slot
 from ftrain.core.messages import Attempt
 from ftrain.storage import PosixStorage
 

@@ -20,7 +20,7 @@ from torch import nn
 import ftrain
 from ftrain.checkpoint.catalogue import find
 from ftrain.checkpoint.retain import sweep
-from ftrain.checkpoint.stage import Staging
+from ftrain.checkpoint.staging.stage import Staging
 from ftrain.core.layout import CHUNK_BYTES_MAX
 from ftrain.errors import (
     AlreadyExists,

@@ -15,11 +15,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ftrain.checkpoint import restore
-from ftrain.checkpoint.items import TensorItem, item_of
 from ftrain.checkpoint.publish import publish
-from ftrain.checkpoint.restore import Checkpoint
-from ftrain.checkpoint.source import TensorInfo
+from ftrain.checkpoint.reading import restore
+from ftrain.checkpoint.reading.restore import Checkpoint
+from ftrain.checkpoint.state.items import TensorItem, item_of
+from ftrain.checkpoint.state.source import TensorInfo
 from ftrain.core.layout import ITEM_BYTES, Mesh, TensorSpec
 from ftrain.core.manifest import decode_index
 from ftrain.core.messages import Attempt, PackRecord

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ftrain.checkpoint.items import TensorItem, item_of
-from ftrain.checkpoint.persist import persist_slot
 from ftrain.checkpoint.publish import publish
-from ftrain.checkpoint.restore import Checkpoint
+from ftrain.checkpoint.reading.restore import Checkpoint
+from ftrain.checkpoint.state.items import TensorItem, item_of
+from ftrain.checkpoint.writing.persist import persist_slot
 from ftrain.core.messages import Attempt
 from ftrain.errors import CorruptCheckpoint, MismatchedState, NotPlainData, OutOfMemory, ProtocolError, StorageError
 from ftrain.storage import PosixStorage

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ftrain import _native
-from ftrain.checkpoint import stage
-from ftrain.checkpoint.arena import Arena, Image
-from ftrain.checkpoint.stage import StagePlan, Stager
+from ftrain.checkpoint.staging import stage
+from ftrain.checkpoint.staging.arena import Arena, Image
+from ftrain.checkpoint.staging.stage import StagePlan, Stager
 from ftrain.core.layout import align
 from ftrain.errors import MismatchedState
 from tests.checkpoint.world import bits

@@ -15,11 +15,12 @@ import torch
 
 import ftrain
 from ftrain import _native
-from ftrain.checkpoint import job, stage
-from ftrain.checkpoint.arena import Arena, Image
-from ftrain.checkpoint.job import Jobs
-from ftrain.checkpoint.look import _anatomy, look, quick_look, recall, recalled_versions, versions
-from ftrain.checkpoint.stage import StagePlan, Stager, Staging
+from ftrain.checkpoint.staging import stage
+from ftrain.checkpoint.staging.arena import Arena, Image
+from ftrain.checkpoint.staging.look import _anatomy, look, quick_look, recall, recalled_versions, versions
+from ftrain.checkpoint.staging.stage import StagePlan, Stager, Staging
+from ftrain.checkpoint.writing import job
+from ftrain.checkpoint.writing.job import Jobs
 from ftrain.core.layout import align
 from ftrain.errors import MismatchedState
 from tests.checkpoint.world import bits

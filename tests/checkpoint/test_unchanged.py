@@ -14,14 +14,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ftrain.checkpoint.catalogue import Commit, problem_of
-from ftrain.checkpoint.items import TensorItem
 from ftrain.checkpoint.load import open_checkpoint
 from ftrain.checkpoint.pins import pin
 from ftrain.checkpoint.publish import publish
-from ftrain.checkpoint.restore import Checkpoint
+from ftrain.checkpoint.reading.restore import Checkpoint
 from ftrain.checkpoint.retain import remove, sweep
+from ftrain.checkpoint.state.items import TensorItem
 from ftrain.checkpoint.tools.verify import verify
-from ftrain.checkpoint.unchanged import OWNERS_MAX, Memory
+from ftrain.checkpoint.writing.unchanged import OWNERS_MAX, Memory
 from ftrain.core import journal
 from ftrain.core.journal import CommitBody, History, Record, RetireBody
 from ftrain.core.layout import TensorSpec

@@ -12,7 +12,7 @@ import pytest
 import torch
 import zarr
 
-from ftrain.checkpoint.items import TensorItem, item_of
+from ftrain.checkpoint.state.items import TensorItem, item_of
 from ftrain.core.layout import ITEM_BYTES, Mesh
 from ftrain.core.messages import Attempt
 from ftrain.storage import PosixStorage

@@ -11,13 +11,13 @@ from typing import Self
 import torch
 
 from ftrain import _native
-from ftrain.checkpoint.arena import Arena
-from ftrain.checkpoint.items import TensorItem
-from ftrain.checkpoint.persist import persist_slot
 from ftrain.checkpoint.publish import publish
-from ftrain.checkpoint.restore import Checkpoint
+from ftrain.checkpoint.reading.restore import Checkpoint
 from ftrain.checkpoint.snapshot import Snapshotter
-from ftrain.checkpoint.unchanged import Memory
+from ftrain.checkpoint.staging.arena import Arena
+from ftrain.checkpoint.state.items import TensorItem
+from ftrain.checkpoint.writing.persist import persist_slot
+from ftrain.checkpoint.writing.unchanged import Memory
 from ftrain.core.codec import Codec
 from ftrain.core.layout import Box, Mesh, TensorSpec, local_shard
 from ftrain.core.messages import Attempt, PackRecord

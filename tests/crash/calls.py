@@ -19,7 +19,8 @@ from typing import Any
 from unittest.mock import patch
 
 from ftrain._native import Pack
-from ftrain.checkpoint import persist, written
+from ftrain.checkpoint import written
+from ftrain.checkpoint.writing import persist
 from ftrain.storage import posix
 from tests.crash.disk import Op
 

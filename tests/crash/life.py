@@ -13,13 +13,13 @@ import torch
 
 from ftrain import _native
 from ftrain.agent.coordinator_host import _discard, _publish, _store
-from ftrain.checkpoint.arena import Arena
-from ftrain.checkpoint.items import TensorItem
-from ftrain.checkpoint.pack_plan import PackPlan
-from ftrain.checkpoint.persist import persist_slot
-from ftrain.checkpoint.restore import Checkpoint
+from ftrain.checkpoint.reading.restore import Checkpoint
 from ftrain.checkpoint.retain import sweep
-from ftrain.checkpoint.unchanged import Memory
+from ftrain.checkpoint.staging.arena import Arena
+from ftrain.checkpoint.state.items import TensorItem
+from ftrain.checkpoint.writing.pack_plan import PackPlan
+from ftrain.checkpoint.writing.persist import persist_slot
+from ftrain.checkpoint.writing.unchanged import Memory
 from ftrain.core import commit, journal, recovery, retention, run_state
 from ftrain.core.codec import Codec
 from ftrain.core.journal import Appender, CommitBody, History

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import msgspec
 
 from ftrain.agent import peer_wire
-from ftrain.checkpoint.pack_plan import PackPlan
+from ftrain.checkpoint.writing.pack_plan import PackPlan
 from ftrain.control.channel import decode_from_agent, decode_from_coordinator
 from ftrain.core import journal, manifest, plain
 from ftrain.core import messages as m

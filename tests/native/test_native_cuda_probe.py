@@ -117,5 +117,5 @@ plan = stager.plan([])
 
 
 def test_import_touches_no_driver(driver: Path) -> None:
-    program = "import ftrain, ftrain.checkpoint.device; print('libcuda' in open('/proc/self/maps').read())"
+    program = "import ftrain, ftrain.checkpoint.staging.device; print('libcuda' in open('/proc/self/maps').read())"
     assert run(program).strip() == "False"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ftrain import _native
-from ftrain.checkpoint.device import find_nvrtc
+from ftrain.checkpoint.staging.device import find_nvrtc
 from tests.native.standin.gpu import CUDA_SOURCES
 
 KERNELS = ["ftrain_gather", "ftrain_scatter", "ftrain_digest"]

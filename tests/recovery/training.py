@@ -36,9 +36,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 import ftrain
-from ftrain.checkpoint.arena import Arena
 from ftrain.checkpoint.snapshot import Snapshotter
-from ftrain.checkpoint.stage import Staging
+from ftrain.checkpoint.staging.arena import Arena
+from ftrain.checkpoint.staging.stage import Staging
 from ftrain.worker.link import Link
 from ftrain.worker.recovery import Recovery
 

@@ -15,9 +15,9 @@ import ftrain
 from ftrain.checkpoint.catalogue import catalogue, find
 from ftrain.checkpoint.pins import pin, pins, unpin
 from ftrain.checkpoint.retain import remove, sweep
+from ftrain.checkpoint.state.tracked import Tracked
 from ftrain.checkpoint.tools import pinning
 from ftrain.checkpoint.tools.fork import append, fork
-from ftrain.checkpoint.tracked import Tracked
 from ftrain.core.journal import FinishBody, GenerationBody, Head, RetireBody
 from ftrain.core.messages import Attempt
 from ftrain.errors import AlreadyExists, CheckpointNotFound, Fenced, UsageError

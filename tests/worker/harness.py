@@ -26,9 +26,9 @@ import msgspec
 from torch.distributed import TCPStore
 
 from ftrain._native import ControlPage, memory_file
-from ftrain.checkpoint.arena import Arena
-from ftrain.checkpoint.persist import persist_slot
 from ftrain.checkpoint.publish import publish
+from ftrain.checkpoint.staging.arena import Arena
+from ftrain.checkpoint.writing.persist import persist_slot
 from ftrain.core import local
 from ftrain.core.local import BOOT_VARIABLE, PACKET_BYTES_MAX, Boot
 from ftrain.core.messages import Attempt, Resume

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ftrain.checkpoint import own_buffers
-from ftrain.checkpoint.tracked import Tracked
+from ftrain.checkpoint.state import own_buffers
+from ftrain.checkpoint.state.tracked import Tracked
 from ftrain.errors import MismatchedState, NotPlainData
 from ftrain.worker import boundary as boundary_module
 from ftrain.worker import random_state

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ftrain.checkpoint.restore import Checkpoint
+from ftrain.checkpoint.reading.restore import Checkpoint
 from ftrain.core.local import WorkerAtEnd, WorkerLooping, WorkerSealed, WorkerSealFailed
 from ftrain.core.page import Field, Phase, verdict_on
 from tests.worker.harness import agent, records, wait_for

@@ -11,7 +11,7 @@ from typing import Any
 from ftrain.checkpoint.foreign.mapped import Extent, Files, MappedSource, Part, checked_shape, local_path
 from ftrain.checkpoint.foreign.pickled import Global, Made, read_pickle
 from ftrain.checkpoint.foreign.torch_file import Archive
-from ftrain.checkpoint.source import TensorInfo
+from ftrain.checkpoint.state.source import TensorInfo
 from ftrain.core.layout import ITEM_BYTES, Box, uncovered
 from ftrain.errors import CorruptCheckpoint
 

@@ -13,8 +13,8 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from ftrain.checkpoint.foreign.outgoing import Outgoing, new_directory
-from ftrain.checkpoint.items import torch_dtype
-from ftrain.checkpoint.source import TensorInfo, TensorSource, Wanted
+from ftrain.checkpoint.state.items import torch_dtype
+from ftrain.checkpoint.state.source import TensorInfo, TensorSource, Wanted
 from ftrain.checkpoint.tools.stream import boxes
 from ftrain.core.layout import Box
 

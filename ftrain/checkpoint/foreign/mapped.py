@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from ftrain.checkpoint.items import torch_dtype
-from ftrain.checkpoint.source import TensorInfo, Wanted
+from ftrain.checkpoint.state.items import torch_dtype
+from ftrain.checkpoint.state.source import TensorInfo, Wanted
 from ftrain.core.layout import ITEM_BYTES, Box, strides
 from ftrain.errors import CorruptCheckpoint, StorageError, UsageError
 from ftrain.storage.opening import is_url

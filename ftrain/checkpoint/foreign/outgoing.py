@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from ftrain.checkpoint.items import torch_dtype
-from ftrain.checkpoint.source import TensorSource
+from ftrain.checkpoint.state.items import torch_dtype
+from ftrain.checkpoint.state.source import TensorSource
 from ftrain.checkpoint.tools.stream import Piece, pieces
 from ftrain.checkpoint.wire import as_bytes
 from ftrain.core.layout import item_bytes

@@ -9,8 +9,8 @@ from typing import Any
 import zarr
 
 from ftrain.checkpoint.foreign.outgoing import Outgoing, Piece, new_directory
-from ftrain.checkpoint.items import torch_dtype
-from ftrain.checkpoint.source import TensorInfo
+from ftrain.checkpoint.state.items import torch_dtype
+from ftrain.checkpoint.state.source import TensorInfo
 from ftrain.checkpoint.tools.stream import boxes
 from ftrain.storage.zarr_view import array_name
 

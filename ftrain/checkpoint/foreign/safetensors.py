@@ -13,7 +13,7 @@ import msgspec
 
 from ftrain.checkpoint.foreign.mapped import Files, MappedSource, Part, checked_shape, contiguous, local_path, one_part
 from ftrain.checkpoint.foreign.outgoing import Outgoing, Piece, data_of, new_directory, new_file
-from ftrain.checkpoint.source import TensorInfo
+from ftrain.checkpoint.state.source import TensorInfo
 from ftrain.core.layout import ITEM_BYTES
 from ftrain.errors import CorruptCheckpoint, UnsupportedTensor
 

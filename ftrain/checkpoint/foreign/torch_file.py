@@ -14,7 +14,7 @@ from typing import Any
 
 from ftrain.checkpoint.foreign.mapped import Extent, Files, MappedSource, Part, checked_shape, local_path, one_part
 from ftrain.checkpoint.foreign.pickled import Global, Made, Persistent, read_pickle
-from ftrain.checkpoint.source import TensorInfo
+from ftrain.checkpoint.state.source import TensorInfo
 from ftrain.core.layout import ITEM_BYTES
 from ftrain.errors import CorruptCheckpoint
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ftrain.checkpoint.source import TensorSource
+from ftrain.checkpoint.state.source import TensorSource
 from ftrain.checkpoint.tools.opening import natural
 from ftrain.checkpoint.tools.statistics import Statistics, slices
 from ftrain.checkpoint.tools.stream import pairs

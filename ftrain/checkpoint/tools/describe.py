@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from ftrain.checkpoint.restore import Checkpoint
-from ftrain.checkpoint.source import TensorInfo
+from ftrain.checkpoint.reading.restore import Checkpoint
+from ftrain.checkpoint.state.source import TensorInfo
 from ftrain.core.layout import ITEM_BYTES
 
 _OPTIONS_SHOWN = ("lr", "weight_decay", "betas", "momentum")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ftrain.checkpoint.foreign.outgoing import Outgoing, outgoing_pieces
-from ftrain.checkpoint.items import torch_dtype
-from ftrain.checkpoint.source import TensorSource
+from ftrain.checkpoint.state.items import torch_dtype
+from ftrain.checkpoint.state.source import TensorSource
 from ftrain.checkpoint.tools.describe import modules_of
 from ftrain.checkpoint.tools.opening import Everything, matching, open_reference
 from ftrain.errors import UnsupportedTensor, UsageError

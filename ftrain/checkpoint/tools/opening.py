@@ -10,9 +10,9 @@ import torch
 
 from ftrain.checkpoint.catalogue import Commit, find
 from ftrain.checkpoint.foreign.opening import open_foreign
-from ftrain.checkpoint.items import TensorItem, item_of, torch_dtype
-from ftrain.checkpoint.restore import Checkpoint
-from ftrain.checkpoint.source import TensorInfo, TensorSource, Wanted
+from ftrain.checkpoint.reading.restore import Checkpoint
+from ftrain.checkpoint.state.items import TensorItem, item_of, torch_dtype
+from ftrain.checkpoint.state.source import TensorInfo, TensorSource, Wanted
 from ftrain.errors import MismatchedState
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ftrain.checkpoint.source import TensorSource
+from ftrain.checkpoint.state.source import TensorSource
 from ftrain.checkpoint.tools.stream import pieces
 
 SLICE_ELEMENTS = 1 << 22  # converted at a time

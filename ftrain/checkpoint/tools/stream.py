@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from ftrain.checkpoint.batches import batches
-from ftrain.checkpoint.items import torch_dtype
-from ftrain.checkpoint.source import TensorInfo, TensorSource, Wanted
+from ftrain.checkpoint.state.items import torch_dtype
+from ftrain.checkpoint.state.source import TensorInfo, TensorSource, Wanted
 from ftrain.core.layout import Box, item_bytes
 
 PIECE_BYTES = 64 << 20

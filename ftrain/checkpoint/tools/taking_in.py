@@ -9,14 +9,15 @@ from pathlib import Path
 
 import torch
 
-from ftrain.checkpoint.agreement import Plans, encode_plain
+from ftrain.checkpoint.exchange import encode_plain
 from ftrain.checkpoint.foreign.mapped import MappedSource
 from ftrain.checkpoint.foreign.opening import open_foreign
-from ftrain.checkpoint.items import item_of, torch_dtype
 from ftrain.checkpoint.peers import Alone
-from ftrain.checkpoint.source import Wanted
-from ftrain.checkpoint.target import Target
+from ftrain.checkpoint.state.items import item_of, torch_dtype
+from ftrain.checkpoint.state.source import Wanted
 from ftrain.checkpoint.tools.stream import boxes
+from ftrain.checkpoint.writing.agreement import Plans
+from ftrain.checkpoint.writing.target import Target
 from ftrain.core.layout import whole
 from ftrain.errors import CheckpointNotFound, UsageError
 from ftrain.storage.base import Effort

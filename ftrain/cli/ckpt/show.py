@@ -14,7 +14,7 @@ from ftrain.cli.ckpt.output import AsJson, Only
 from ftrain.errors import UsageError
 
 if TYPE_CHECKING:
-    from ftrain.checkpoint.source import TensorInfo
+    from ftrain.checkpoint.state.source import TensorInfo
     from ftrain.checkpoint.tools.statistics import Statistics
 
 

@@ -1,0 +1,1 @@
+"""From packs, arenas or living ranks back into tensors."""

@@ -1,0 +1,1 @@
+"""Memory that tensors are copied to: the arena, and the copying."""
