@@ -16,7 +16,7 @@ import pytest
 # Every process that a test starts inherits this variable, so it is found even after its parents are gone.
 MARK_NAME = "FTRAIN_TEST_SESSION"
 MARK = uuid.uuid4().hex
-EXIT_SECONDS_MAX = 15.0  # for processes that are on their way out when the last test ends
+EXIT_SECONDS_MAX = 60.0  # for processes that are on their way out when the last test ends
 # Begun first, so that none of them is what all others wait for in the end.
 LONGEST = (
     "native/test_native_sanitizers.py",

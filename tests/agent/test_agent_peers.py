@@ -31,7 +31,7 @@ ADDRESS = "127.0.0.1"
 
 async def until(condition: Callable[[], object]) -> None:
     """The wait is for an event; the bound only turns a hang into a failure."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         while not condition():  # noqa: ASYNC110  # what is waited for is in other tasks' state
             await asyncio.sleep(0.005)
 

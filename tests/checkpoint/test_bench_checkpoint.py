@@ -123,5 +123,5 @@ def test_interrupted_bench_leaves_neither_process_nor_file(disk: Path, number: s
             assert bench.wait(timeout=60) == 128 + number
         finally:
             bench.kill()
-    assert psutil.wait_procs(children, timeout=15)[1] == []
+    assert psutil.wait_procs(children, timeout=60)[1] == []
     assert list(disk.iterdir()) == []

@@ -13,7 +13,7 @@ from ftrain.control.service import Peer
 from ftrain.core import messages as m
 from ftrain.errors import FtrainError
 
-PATIENCE_SECONDS = 30.0
+PATIENCE_SECONDS = 120.0
 
 
 def hello(node: str = "a", **changes: Any) -> m.Hello:

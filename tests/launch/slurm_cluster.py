@@ -120,7 +120,7 @@ class SlurmCluster:
         for pid in self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        wait_until("no process left", lambda: not self.processes(), lambda: str(self.processes()), seconds=20)
+        wait_until("no process left", lambda: not self.processes(), lambda: str(self.processes()), seconds=90)
 
     def processes(self) -> list[int]:
         """Return the pids of all live processes that were started by this cluster, however they were started."""
@@ -223,7 +223,7 @@ class SlurmCluster:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             self.command("scancel", number)
-        wait_until("no job left", lambda: not queued(), self.logs, seconds=45)
+        wait_until("no job left", lambda: not queued(), self.logs, seconds=90)
 
     def _pids_of_job(self, number: str) -> list[int]:
         mark = f"SLURM_JOB_ID={number}".encode()

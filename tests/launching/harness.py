@@ -104,7 +104,7 @@ class Cluster:
 
     def nothing_left(self) -> bool:
         # Looked at twice: in the moment of its exec a process shows no environment.
-        wait_for(lambda: not (self.processes() or self.processes()), f"the end of {self.processes()}", 15)
+        wait_for(lambda: not (self.processes() or self.processes()), f"the end of {self.processes()}", 60)
         return True
 
     def close(self) -> None:
@@ -112,7 +112,7 @@ class Cluster:
             if launcher.process.poll() is None:
                 launcher.process.kill()
                 launcher.process.wait()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while (left := self.processes()) and time.monotonic() < deadline:
             time.sleep(0.05)
         for pid in left:

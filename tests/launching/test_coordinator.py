@@ -11,15 +11,19 @@ from typing import Any
 from ftrain.errors import ExitCode
 from tests.launching.harness import FTRAIN, Cluster, Launcher, free_port, wait_for
 
+# Half its steps are left for what a test does, however long it takes.
 TRAIN = """
     import time, torch, ftrain
+    from pathlib import Path
     run = ftrain.join()
     model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     run.track(model=model, optimizer=optimizer)
     print("pid", __import__("os").getpid())
     for step in run.steps(120):
-        with step:
+        with step, run.allow(600):
+            while step.number == 60 and not Path("go on").exists():
+                time.sleep(0.01)
             model(torch.ones(2, 4)).sum().backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -43,6 +47,11 @@ def status(cluster: Cluster) -> dict[str, Any]:
     return dict(json.loads(done.stdout)) if done.returncode == 0 else {"step": -1, "commits": []}
 
 
+def go_on(cluster: Cluster) -> None:
+    """Let the training come to its end."""
+    (cluster.path / "go on").touch()
+
+
 def commits(run_dir: Path) -> int:
     return sum(b'"kind":"commit"' in path.read_bytes() for path in (run_dir / "journal").glob("*.json"))
 
@@ -59,6 +68,7 @@ def test_killed_coordinator_comes_back_and_adopts_the_running_generation(cluster
     before = commits(cluster.path / "run")
     second = cluster.start(command)
     second.says("still running on all nodes: carrying on with it")
+    go_on(cluster)
     assert [node.wait() for node in nodes] == [0, 0], nodes[0].text + nodes[1].text
     assert second.wait() == ExitCode.OK
     assert commits(cluster.path / "run") > before
@@ -84,6 +94,7 @@ def test_stranger_in_the_place_of_a_coordinator_that_died_does_not_end_the_train
     stranger.process.kill()
     stranger.wait()
     second = cluster.start(command)
+    go_on(cluster)
     assert [node.wait() for node in nodes] == [0, 0], nodes[0].text + nodes[1].text
     assert second.wait() == ExitCode.OK
 
@@ -97,5 +108,6 @@ def test_stopped_coordinator_ends_with_75_and_leaves_the_training_alone(cluster:
     first.process.terminate()
     assert first.wait() == ExitCode.PREEMPTED
     second = cluster.start(command)
+    go_on(cluster)
     assert [node.wait() for node in nodes] == [0, 0], nodes[0].text + nodes[1].text
     assert second.wait() == ExitCode.OK

@@ -19,9 +19,10 @@ from ftrain.core import messages as m
 from ftrain.errors import Refused
 from tests.launching.harness import Cluster, Launcher, wait_for
 from tests.recovery.account import Job, launch
+from tests.recovery.training import INJURIES
 
 Attack = Callable[[int, Secret], Awaitable[None]]
-PATIENCE_SECONDS = 30.0
+PATIENCE_SECONDS = 120.0
 STEPS = 60
 
 
@@ -82,7 +83,10 @@ ATTACKS: list[tuple[Attack, str]] = [
 
 def test_strangers_and_nonsense_cost_a_line_each_and_disturb_nothing(cluster: Cluster) -> None:
     unhurt, job = Job(cluster.path / "unhurt"), Job(cluster.path / "job")
-    launcher = launch(cluster, job, every=10, steps=STEPS, more=("--pause", 0.2))
+    # However long the attacks take, they come in the middle.
+    held = {"point": "step", "rank": 0, "step": STEPS - 2, "how": "wait for leave"}
+    environment = {INJURIES: json.dumps([held])}
+    launcher = launch(cluster, job, every=10, steps=STEPS, more=("--pause", 0.2), environment=environment)
     wait_for(lambda: job.done() > 0 or launcher.process.poll() is not None, "the first step")
     listening_on_loopback_only(cluster)
     port = json.loads((job.run_dir / "coordinator.json").read_text())["port"]
@@ -95,6 +99,7 @@ def test_strangers_and_nonsense_cost_a_line_each_and_disturb_nothing(cluster: Cl
         assert words in line, attack.__name__
     assert asyncio.run(fetch_status(f"127.0.0.1:{port}", secret))["generation"] == 1
     assert job.done() < STEPS, "the attacks came too late to disturb anything"
+    (job.path / "leave").touch()
     reference = launch(cluster, unhurt, every="off", steps=STEPS, more=("--pause", 0))
     assert (launcher.wait(), reference.wait()) == (0, 0), launcher.text
     assert "Traceback" not in launcher.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 
 from ftrain.control.client import fetch_status
 from ftrain.control.secret import Secret
-from tests.launching.harness import Cluster, Launcher
+from tests.launching.harness import Cluster, Launcher, wait_for
 from tests.recovery import training
 
 STEPS = 24
@@ -108,6 +109,16 @@ class Job:
 
     def injuries(self) -> int:
         return len(list(self.out.glob("injury-*")))
+
+
+def committed(launcher: Launcher, steps: int) -> None:
+    """Wait until so many steps, or more, are committed: a busy machine skips the commits that it has no time for."""
+
+    def there() -> bool:
+        return any(int(found) >= steps for found in re.findall(r"checkpoint of step (\d+) committed", launcher.text))
+
+    wait_for(lambda: there() or launcher.process.poll() is not None, f"a commit of {steps} steps")
+    assert there(), launcher.text
 
 
 def arguments(job: Job, parallel: str, steps: int, *more: object) -> tuple[object, ...]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ftrain.errors import ExitCode
-from tests.launching.harness import Cluster, clusters
+from tests.launching.harness import Cluster, clusters, wait_for
 from tests.recovery.account import STEPS, Job, launch
 from tests.recovery.conftest import Reference
 from tests.recovery.test_stopping import stop
@@ -28,6 +28,8 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stopped]:
         if parallel not in known:
             job = Job(cluster.path / parallel)
             launcher = launch(cluster, job, parallel, more=("--pause", 0.1))
+            # Steps after a commit: with the one of the stop there are two.
+            wait_for(lambda: job.commits() and job.done() > job.commits()[-1], "a commit, and a step after it")
             done = stop(launcher, job, 10, signal.SIGTERM)
             assert launcher.process.returncode == ExitCode.PREEMPTED, launcher.text
             assert job.commits()[-1] == done

@@ -43,7 +43,7 @@ def test_hurt_run_ends_bit_for_bit_as_the_unhurt_one(
     assert job.history() == reference.history()
     assert job.end() == reference.end()
     assert job.commits()[-1] == STEPS  # the last state is committed, whatever the period
-    assert len(job.checkpoints()) == 2  # --keep 2
+    assert len(job.checkpoints()) == min(2, len(job.commits()))  # --keep 2
     assert cluster.nothing_left()
     if injuries is IN_CHECKPOINTS:
         # All ranks had sealed: the death of one of them does not lose the step.

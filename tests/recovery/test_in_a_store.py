@@ -13,7 +13,7 @@ from ftrain.storage import open_storage
 from ftrain.storage.history import read_history
 from tests.launching.harness import FTRAIN, Cluster, Launcher
 from tests.recovery import training
-from tests.recovery.account import STEPS, Job
+from tests.recovery.account import STEPS, Job, committed
 from tests.recovery.conftest import Reference
 from tests.recovery.test_stopping import stop
 from tests.storage.servers import Server
@@ -31,14 +31,14 @@ def test_a_hurt_and_stopped_run_goes_on_from_the_store_on_another_node_to_the_sa
     job, url = Job(cluster.path / "job"), store.new_url()
     injury = json.dumps([{"point": "forward", "rank": 1, "step": 7, "how": "SIGKILL"}])
     first = launch(cluster, job, url, {training.INJURIES: injury}, "--pause", 0.1)
-    first.says("checkpoint of step 10 committed")
+    committed(first, 8)  # after the injury
     done = stop(first, job, 10, signal.SIGTERM)
     assert first.process.returncode == ExitCode.PREEMPTED, first.text
     assert job.injuries() == 1
     storage = open_storage(url)
     commits = [body.attempt for _, body in read_history(storage)[0].commits]
     assert commits[-1].step == done
-    assert len(storage.list("checkpoints")) == len(commits) == 2
+    assert len(storage.list("checkpoints")) == len(commits) <= 2
 
     here = next((cluster.path / "runs").iterdir())
     assert f"run in {url}; logs, events and the secret in {here}" in first.text

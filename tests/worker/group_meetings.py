@@ -22,7 +22,7 @@ from ftrain.errors import FtrainError, PeerLost, Unrecoverable, UsageError
 from ftrain.worker import after_failure, gloo_sockets, groups
 from tests.worker.ranks import Rank
 
-SETTLED_SECONDS = 5.0  # within which destructors of other threads are done
+SETTLED_SECONDS = 60.0  # within which destructors of other threads are done
 
 
 def blocked(rank: Rank, how: str) -> None:
@@ -115,7 +115,7 @@ def _settled_counts() -> tuple[int, int]:
     """(open descriptors, threads) once they stand still."""
     seen: list[tuple[int, int]] = []
     deadline = time.monotonic() + SETTLED_SECONDS
-    while time.monotonic() < deadline and not (len(seen) > 3 and len(set(seen[-4:])) == 1):
+    while time.monotonic() < deadline and not (len(seen) > 9 and len(set(seen[-10:])) == 1):
         seen.append((len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))))
         time.sleep(0.05)
     return seen[-1]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from ftrain.checkpoint.reading.restore import Checkpoint
 from ftrain.core.local import WorkerAtEnd, WorkerLooping, WorkerSealed, WorkerSealFailed
 from ftrain.core.page import Field, Phase, verdict_on
@@ -13,25 +15,15 @@ WHOLE = "tests.worker.trainings:whole"
 OPTIONS = {"parallel": "ddp", "steps": 6}
 
 
-def test_worker_told_to_go_on_after_holding_finishes_all_steps(tmp_path: Path) -> None:
+@pytest.mark.parametrize("later", [0, 1], ids=["this-attempt", "a-later-one"])
+def test_worker_that_holds_goes_on_when_the_verdict_is_on(tmp_path: Path, later: int) -> None:
     with agent(tmp_path) as node:
         attempt = node.arm(2, hold=True)
         node.release()
         node.start(WHOLE, OPTIONS)
         node.hear(WorkerSealed)
         assert not records(tmp_path, "rank-0")[2:]  # they hold: nobody began the third step
-        node.tell(Field.VERDICT, verdict_on(attempt.generation, attempt.number, leave=False))
-        assert node.end() == [0, 0]
-    assert [line["step"] for line in records(tmp_path, "rank-0")] == list(range(6))
-
-
-def test_worker_that_sees_only_the_verdict_on_a_later_attempt_goes_on(tmp_path: Path) -> None:
-    with agent(tmp_path) as node:
-        attempt = node.arm(2, hold=True)
-        node.release()
-        node.start(WHOLE, OPTIONS)
-        node.hear(WorkerSealed)
-        node.tell(Field.VERDICT, verdict_on(attempt.generation, attempt.number + 1, leave=False))
+        node.tell(Field.VERDICT, verdict_on(attempt.generation, attempt.number + later, leave=False))
         assert node.end() == [0, 0]
     assert [line["step"] for line in records(tmp_path, "rank-0")] == list(range(6))
 
