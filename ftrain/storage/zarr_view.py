@@ -22,7 +22,10 @@ from ftrain.core.manifest import BoxRecord, PackIndex, data_path, pack_path
 from ftrain.storage.zarr_frames import CompressedBox, chunks_of, codec_metadata, grid_of
 
 CONSOLIDATED_MAX = 4096  # nodes, beyond which saying everything twice costs more than it saves
-UP = "../../../"  # from an attempt to its run
+# What URLs begin with, and its value where the reader is in the checkpoint's directory. In an object store there is no
+# such place, nor an `..`: readers put URLs in their place, by fsspec's `template_overrides`.
+_HERE, _RUN = "{{here}}", "{{run}}"
+_TEMPLATES: Mapping[str, str] = {"here": "", "run": "../../../"}
 CHUNKS_MAX = 1 << 20  # of one array, beyond which its boxes are shown one by one
 
 # What zarr-python has no type for is shown as unsigned integers of the same size; the attribute `dtype` has the name.
@@ -65,14 +68,14 @@ def shard_index(payload_bytes: int, chunk_bytes: int) -> bytes:
 def references(indexes: Sequence[PackIndex]) -> bytes:
     """`refs.json`: every tensor as a zarr v3 array, its chunks byte ranges of packs of the first index's attempt.
 
-    Those of other attempts are beside it, in the same run.
+    Those of other attempts are beside it, in the same run. The same bytes wherever the checkpoint is.
     """
     attempt = indexes[0].attempt
     view = _View()
     shared: dict[str, list[_Part]] = {}
     for index in sorted(indexes, key=lambda index: index.rank):
         own = f"rank-{index.rank:05d}"
-        place = "" if index.attempt == attempt else f"{UP}{index.attempt.path}/"
+        place = _HERE if index.attempt == attempt else f"{_RUN}{index.attempt.path}/"
         url = f"{place}{data_path(pack_path(index.rank))}"
         for record, frames in zip(index.boxes, index.frames_of_boxes, strict=True):
             compressed = None if frames is None else CompressedBox(record, url, index.codec, frames)
@@ -90,7 +93,9 @@ def references(indexes: Sequence[PackIndex]) -> bytes:
         root["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": view.nodes}
     nodes = {"": root, **view.nodes}
     metadata = {f"{name}/zarr.json".lstrip("/"): _json(node).decode() for name, node in nodes.items()}
-    return _json({"version": 1, "refs": {**metadata, **view.chunks}})
+    is_alone = all(index.attempt == attempt for index in indexes)
+    templates = {name: value for name, value in _TEMPLATES.items() if name == "here" or not is_alone}
+    return _json({"version": 1, "templates": templates, "refs": {**metadata, **view.chunks}})
 
 
 def array_name(key: str) -> str:

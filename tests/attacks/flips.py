@@ -1,10 +1,12 @@
 """Flips each bit of a small run's directory, and cuts each of its files short: all of it must be noticed, or harmless.
 
-python -m tests.attacks.flips                  every bit, every length (minutes)
-python -m tests.attacks.flips --every 97       a sample
+python -m tests.attacks.flips                    every bit, every length, of each layout (an hour of one processor)
+python -m tests.attacks.flips --layout disks     of one: plain, compressed (format 2) or disks (packs on two disks)
+python -m tests.attacks.flips --every 97         a sample
 
 `load` may not read everything: what it then gives must be right all the same. `verify` must find every change of the
-checkpoint, and a run's journal may lose its newest record to damage only with an error.
+checkpoint, and a run's journal may lose its newest record to damage only with an error. What says where a run's other
+disk is may be changed without harm: then all is found, and whole, or refused.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,24 +25,62 @@ import torch
 import ftrain
 from ftrain.checkpoint.catalogue import Commit
 from ftrain.checkpoint.tools.verify import verify
+from ftrain.core.journal import CommitBody, RunBody
 from ftrain.errors import FtrainError
-from ftrain.storage import PosixStorage
+from ftrain.storage import open_storage
 from ftrain.storage.history import read_history
+from ftrain.storage.spread import SpreadStorage
 from tests.attacks import hostile
+from tests.checkpoint.world import line, save, sharded
 
 
-def value() -> dict[str, object]:
-    return {"w": torch.arange(100.0), "b": torch.arange(3), "step": 7, "name": "x"}
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run with one commit, and what it holds."""
+
+    path: Path
+    value: dict[str, object]
+    disk: Path | None = None  # where the pack of rank 1 is
+
+    @property
+    def commit(self) -> Commit:
+        """As somebody finds it who begins anew."""
+        storage = open_storage(str(self.path))
+        history, _ = read_history(storage)
+        (_, body), *_ = history.commits
+        return Commit(storage, body.attempt.path, body.attempt, 1, 1, body.manifest_sha256)
+
+    def empty(self) -> dict[str, object]:
+        kinds = {int: 0, str: ""}
+        return {
+            key: torch.zeros_like(there) if isinstance(there, torch.Tensor) else kinds[type(there)]
+            for key, there in self.value.items()
+        }
 
 
-def empty() -> dict[str, object]:
-    return {"w": torch.zeros(100), "b": torch.zeros(3, dtype=torch.int64), "step": 0, "name": ""}
+def plain(path: Path) -> Run:
+    value = {"w": torch.arange(100.0), "step": 7, "name": "x"}
+    ftrain.save(path / "checkpoint", value)
+    return Run(hostile.as_run(path / "checkpoint", path / "run"), value)
 
 
-def make_run(path: Path, compress: str | None = None) -> Path:
-    checkpoint = path / "checkpoint"
-    ftrain.save(checkpoint, value(), compress=compress)
-    return hostile.as_run(checkpoint, path / "run")
+def compressed(path: Path) -> Run:
+    value = {"w": torch.arange(2000.0), "step": 7, "name": "x"}
+    ftrain.save(path / "checkpoint", value, compress="blosc-zstd")
+    return Run(hostile.as_run(path / "checkpoint", path / "run"), value)
+
+
+def disks(path: Path) -> Run:
+    """Two ranks, each with a half of the tensor: one's pack is in the run's directory, the other's on the disk."""
+    value = {"w": torch.arange(100.0)}
+    storage = SpreadStorage(path / "run", [str(path / "disk")])
+    storage.check()
+    sha256 = save(storage, hostile.ATTEMPT, 2, lambda rank: [sharded("w", value["w"], line(2), ("S0",), rank)])
+    hostile.write_journal(path / "run", [RunBody("run", "job", "1"), CommitBody(hostile.ATTEMPT, 2, sha256, 1)])
+    return Run(path / "run", dict(value), path / "disk")
+
+
+LAYOUTS: dict[str, Callable[[Path], Run]] = {"plain": plain, "compressed": compressed, "disks": disks}
 
 
 def damages(data: bytes, every: int) -> Iterator[tuple[str, bytes]]:
@@ -51,66 +92,77 @@ def damages(data: bytes, every: int) -> Iterator[tuple[str, bytes]]:
         yield f"cut to {length} bytes", data[:length]
 
 
-def flip_all(run: Path, every: int) -> tuple[Counter[str], list[str]]:
+def flip_all(run: Run, every: int) -> tuple[Counter[str], list[str]]:
     """How many changes were refused by `load`, and harmless to it; and what slipped through."""
     counts: Counter[str] = Counter()
     slipped: list[str] = []
-    for path in sorted(path for path in run.rglob("*") if path.is_file()):
+    commit = run.commit
+    for path in files_of(run):
         good = path.read_bytes()
-        name = str(path.relative_to(run))
+        name = str(path.relative_to(run.path.parent))
         for what, data in damages(good, every):
             path.write_bytes(data)
-            problem = check(run, is_of_checkpoint=name.startswith("checkpoints"), counts=counts)
+            counts["flipped bits" if len(data) == len(good) else "cuts"] += 1
+            problem = check(run, commit, path, counts)
             if problem:
                 slipped.append(f"{name}: {what}: {problem}")
         path.write_bytes(good)
     return counts, slipped
 
 
-def check(run: Path, is_of_checkpoint: bool, counts: Counter[str]) -> str:
-    """What is wrong with how this damage is met; empty where nothing is."""
-    state = empty()
+def files_of(run: Run) -> list[Path]:
+    """All of the run's, those on its disk by the links to them, and the disk's own."""
+    inside = sorted(path for path in run.path.rglob("*") if path.is_file())
+    packs = [path.resolve() for path in inside]
+    more = sorted(path for path in run.disk.rglob("*") if path.is_file()) if run.disk else []
+    return [*inside, *(path for path in more if path not in packs)]
+
+
+def check(run: Run, commit: Commit, path: Path, counts: Counter[str]) -> str:
+    """What is wrong with how damage of this file is met; empty where nothing is."""
+    kind = path.relative_to(run.path).parts[0] if path.is_relative_to(run.path) else "disks"
+    state = run.empty()
     try:
-        ftrain.load(run, state)
+        ftrain.load(run.path, state)
     except FtrainError:
         counts["refused by load"] += 1
     else:
         counts["harmless to load"] += 1
-        expected = value()
-        for key, there in expected.items():
+        for key, there in run.value.items():
             found = state[key]
             same = torch.equal(there, found) if isinstance(there, torch.Tensor) else there == found  # type: ignore[arg-type]
             if not same:
                 return f"{key} was loaded wrongly"
-        if not is_of_checkpoint:
+        if kind == "journal":
             return "the journal was changed, and nobody noticed"
-    if is_of_checkpoint:
-        try:
-            verify(commit_of(run))
-        except FtrainError:
-            counts["found by verify"] += 1
-        else:
+    if kind == "journal":
+        return ""
+    try:
+        verify(Commit(open_storage(str(run.path)), commit.path, commit.attempt, 1, 1, commit.manifest_sha256))
+    except FtrainError:
+        counts["found by verify"] += 1
+    else:
+        counts["harmless to verify"] += 1
+        if kind == "checkpoints":
             return "verify found nothing"
     return ""
-
-
-def commit_of(run: Path) -> Commit:
-    storage = PosixStorage(run)
-    history, _ = read_history(storage)
-    (_, body), *_ = history.commits
-    return Commit(storage, body.attempt.path, body.attempt, 1, 1, body.manifest_sha256)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.attacks.flips", description=__doc__)
     parser.add_argument("--every", type=int, default=1)
+    parser.add_argument("--layout", choices=LAYOUTS)
     arguments = parser.parse_args()
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="ftrain-flips-") as directory:
-        counts, slipped = flip_all(make_run(Path(directory)), arguments.every)
-    print("\n".join([f"{sum(counts.values())} answers: {dict(counts)}", *slipped[:20]]))
-    print(f"{len(slipped)} slipped through, {time.monotonic() - began:.0f} s")
-    sys.exit(1 if slipped else 0)
+    slips = 0
+    for layout in [arguments.layout] if arguments.layout else LAYOUTS:
+        began = time.monotonic()
+        with tempfile.TemporaryDirectory(prefix="ftrain-flips-") as directory:
+            counts, slipped = flip_all(LAYOUTS[layout](Path(directory)), arguments.every)
+        said = ", ".join(f"{count:,} {what}" for what, count in counts.items())
+        print("\n".join([f"{layout}: {said}", *slipped[:20]]))
+        print(f"{len(slipped)} slipped through, {time.monotonic() - began:.0f} s", flush=True)
+        slips += len(slipped)
+    sys.exit(1 if slips else 0)
 
 
 if __name__ == "__main__":

@@ -6,24 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from ftrain.core import frames
-from tests.attacks.flips import flip_all, make_run
+from tests.attacks.flips import LAYOUTS, files_of, flip_all
 
 
-def test_flipped_bits_and_cut_files_are_noticed_or_harmless(tmp_path: Path) -> None:
-    counts, slipped = flip_all(make_run(tmp_path), every=611)
-    assert not slipped
-    assert counts["refused by load"] > 20
-    assert counts["found by verify"] > 50
-
-
-def test_flipped_bits_and_cut_files_of_a_compressed_checkpoint_are_noticed_or_harmless(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(frames, "PLAIN_BYTES_MAX", 64)
-    run = make_run(tmp_path, "blosc-zstd")
-    assert b'"codec":"blosc-zstd:3"' in next(run.rglob("*.index.json")).read_bytes()
-    counts, slipped = flip_all(run, every=611)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_flipped_bits_and_cut_files_are_noticed_or_harmless(tmp_path: Path, layout: str) -> None:
+    run = LAYOUTS[layout](tmp_path)
+    index = next(run.path.rglob("00000.index.json")).read_bytes()
+    assert (b'"codec":"blosc-zstd:3"' in index) == (layout == "compressed")
+    names = [str(path.relative_to(tmp_path)).split("/") for path in files_of(run)]
+    assert ["disk" in name for name in names].count(True) == (layout == "disks")
+    assert [path.is_symlink() for path in files_of(run)].count(True) == (layout == "disks")
+    counts, slipped = flip_all(run, every=997)
     assert not slipped
     assert counts["refused by load"] > 20
     assert counts["found by verify"] > 50

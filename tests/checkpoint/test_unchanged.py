@@ -28,7 +28,7 @@ from ftrain.core.layout import TensorSpec
 from ftrain.core.manifest import data_path, decode_index, encode_index
 from ftrain.core.messages import Attempt, PackRecord
 from ftrain.errors import CorruptCheckpoint
-from ftrain.storage import PosixStorage
+from ftrain.storage import PosixStorage, Storage
 from tests.checkpoint.world import World
 
 RANKS = 2
@@ -40,8 +40,8 @@ State = dict[str, torch.Tensor]
 class Run:
     """A run's journal and its checkpoints, as a coordinator and the agents of two ranks make them."""
 
-    def __init__(self, path: Path, keys: Sequence[str] = KEYS) -> None:
-        self.storage = PosixStorage(str(path))
+    def __init__(self, place: Path | Storage, keys: Sequence[str] = KEYS) -> None:
+        self.storage = PosixStorage(str(place)) if isinstance(place, Path) else place
         self.history = History()
         self.world = World(RANKS)
         self.state = {key: torch.full((ELEMENTS,), float(number)) for number, key in enumerate(keys)}
@@ -236,6 +236,22 @@ def test_plain_zarr_reads_referred_tensors(tmp_path: Path, monkeypatch: pytest.M
     own = root["rank-00001/rank%2D1 alone" if "rank-00001/rank%2D1 alone" in root else "rank-00001/%72ank-1 alone"]
     assert torch.equal(torch.from_numpy(own[:]), run.saved[attempt]["rank-1 alone"])
     assert zarr.open_array("packs/00000", mode="r").shape[0] > 0
+
+
+def test_reference_view_without_templates_is_that_of_an_earlier_version(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.commit()
+    attempt = run.commit("a")
+    path = tmp_path / attempt.path / "refs.json"
+    view = json.loads(path.read_text())
+    assert view.pop("templates") == {"here": "", "run": "../../../"}
+    earlier = json.dumps(view).replace("{{here}}", "").replace("{{run}}", "../../../")
+    path.write_text(earlier)
+    run.check(run.live[-1])
+    for changed in (earlier.replace('"packs/', '"pack/', 1), earlier.replace('"../', '"../../', 1), json.dumps(view)):
+        path.write_text(changed)
+        with pytest.raises(CorruptCheckpoint, match="does not say what the packs' indexes say"):
+            run.check(run.live[-1])
 
 
 def test_checkpoint_that_refers_opens_by_its_own_path_and_says_why_it_does_not_elsewhere(tmp_path: Path) -> None:

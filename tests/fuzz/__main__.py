@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -20,8 +21,8 @@ from tests.fuzz.targets import TARGETS, execute, samples
 SLOW_SECONDS = 2.0
 KEPT_MAX = 400  # inputs that were taken, to go on from
 SIZE_KEPT_MAX = 20_000  # bytes
-WATCHED = 1000  # executions, which together may take
-WATCH_SECONDS = 120.0
+HANG_SECONDS = 60.0  # of processor time, for
+WATCHED = 1000  # executions
 
 
 def main() -> None:
@@ -48,6 +49,7 @@ def main() -> None:
 
 def by_mutation(target: str, seed: int, *, executions: int = sys.maxsize, seconds: float = float("inf")) -> int:
     """The number of findings. A hang ends the process, with the line that it hangs at."""
+    faulthandler.register(signal.SIGPROF, chain=True)  # what SIGPROF does otherwise is to end the process
     dice = random.Random(f"{seed} {target}")
     kept = [Sample.of(data) for data in samples(target)]
     first = len(kept)
@@ -57,7 +59,7 @@ def by_mutation(target: str, seed: int, *, executions: int = sys.maxsize, second
     before = time.process_time()
     while done < executions and (done % WATCHED or time.monotonic() - began < seconds):
         if done % WATCHED == 0:
-            faulthandler.dump_traceback_later(WATCH_SECONDS, exit=True)
+            signal.setitimer(signal.ITIMER_PROF, HANG_SECONDS)
         data = mutated(kept[below(len(kept), dice)], dice)
         try:
             good = execute(target, data)
@@ -82,7 +84,7 @@ def by_mutation(target: str, seed: int, *, executions: int = sys.maxsize, second
                     kept.append(sample)
                 else:  # never one of those that it began with
                     kept[first + below(KEPT_MAX - first, dice)] = sample
-    faulthandler.cancel_dump_traceback_later()
+    signal.setitimer(signal.ITIMER_PROF, 0)
     rate = done / max(1e-9, time.monotonic() - began)
     print(
         f"{target:12} {done:11,} executions, {rate:7,.0f} a second, {taken:,} taken, slowest {slowest:.3f} s, "
