@@ -30,19 +30,27 @@ def end(turn: Turn, why: str) -> None:
     state = turn.state
     generation = state.generation
     assert generation is not None
-    survives = any(rank.looped for name in state.members for rank in state.report(name).ranks)
-    if state.phase is Phase.STARTING:
-        survives = bool(state.survivors)  # their reports are of the generation before
     ended = any(exit.ok for _, exit in state.exits.values())
     stumbles = state.stumbles + (state.line is not None and not state.looping_since)
     turn.set(stumbles=stumbles)
-    if state.drain is not None or not survives or ended or stumbles > STUMBLES_MAX:
+    if state.drain is not None or not _survives(state, generation) or ended or stumbles > STUMBLES_MAX:
         stop(turn, why)
         return
     turn.enter(Phase.HALTING, turn.now + state.policy.halt_seconds + state.policy.lease_seconds)
     for node in state.members:
         reception.halt_node(turn, node, generation.number, why)
     _workers_lost(turn, generation, why)
+
+
+def _survives(state: State, generation: Generation) -> bool:
+    """Whether any rank can stand still and go on: what a node says of it, or did say before this generation began."""
+    for member in generation.members:
+        if remains.knows(state, member.node):
+            if any(rank.looped for rank in state.report(member.node).ranks):
+                return True
+        elif state.survivors.intersection(member.ranks):
+            return True
+    return False
 
 
 def stop(turn: Turn, why: str) -> None:

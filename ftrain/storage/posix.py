@@ -32,6 +32,7 @@ READ_THREADS = 2
 READ_BYTES_MAX = 1 << 30  # of a file that is read whole; packs never are
 FILES_MAX = 256  # open at a time
 CACHED_SHARE_MIN = 0.5  # of a file, from which reading it through the page cache is faster
+SYNCED_KEPT = 1024  # directories that are remembered as durable: a long run makes two with each commit
 _MAKE_TRIES = 8
 # A link that failed with one of these was not made. After any other error (an I/O error, a server that is gone) it may
 # have been, or may yet be.
@@ -335,7 +336,10 @@ class PosixStorage:
             chain = above[: above.index(self._root) + 1]
             for name in reversed(chain):
                 self._sync_name(name)
-            self._synced.update(map(_identity, chain))
+            found = set(map(_identity, chain))
+            if len(self._synced | found) > SYNCED_KEPT:
+                self._synced.clear()  # what is forgotten is synced once more, when it is next written into
+            self._synced |= found
 
     def _sync_name(self, directory: Path) -> None:
         if directory in self._doubtful_directories:

@@ -3,7 +3,8 @@
 python -m tests.chaos --faults 200 --seed 0             two nodes of two ranks, all kinds of faults that there are here
 python -m tests.chaos --faults 200 --alone              the coordinator is a process by itself, and is hurt too
 python -m tests.chaos --faults 200 --disk               the run directory is on a disk that is full or slow at times
-python -m tests.chaos --faults 500 --leaks              one node, rank 0 survives them all: what it holds must not grow
+python -m tests.chaos --faults 520 --leaks              one node; rank 0 survives all, and nothing may grow
+python -m tests.chaos --faults 520 --leaks --alone      the same with two nodes and a coordinator by itself
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import time
 from pathlib import Path
 
 from tests.chaos import disk
+from tests.chaos.leaks import RECORDER, RECORDS, Leaks
 from tests.chaos.plan import KINDS, STEPS_PER_FAULT, Shape
-from tests.chaos.report import Leaks, Report, report
+from tests.chaos.report import Report, report
 from tests.chaos.run import Chaos, Stalled, ends_as_unhurt
 from tests.launching.harness import clusters
 
@@ -28,8 +30,11 @@ def main() -> None:
         sys.exit(f"--disk: {why}")
     shape = Shape(args.nodes, args.ranks, args.alone, args.disk, lease_seconds=args.lease)
     kinds = tuple(args.kind or KINDS)
+    environment = {}
     if args.leaks:
-        shape, kinds = Shape(1, 2, spared=0, lease_seconds=args.lease), ("kill a rank",)
+        nodes, ranks = (2, 1) if args.alone else (1, 2)
+        shape, kinds = Shape(nodes, ranks, args.alone, spared=0, lease_seconds=args.lease), ("kill a rank",)
+        environment[RECORDER] = str(args.records)
     with contextlib.ExitStack() as stack:
         if args.directory is None:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ftrain-chaos-")))
@@ -37,7 +42,9 @@ def main() -> None:
             directory = args.directory
             directory.mkdir(parents=True)
         for cluster in clusters(directory):
-            chaos = Chaos(cluster, args.seed, args.faults, args.parallel, shape, kinds, args.steps_per_fault)
+            chaos = Chaos(
+                cluster, args.seed, args.faults, args.parallel, shape, kinds, args.steps_per_fault, environment
+            )
             found = _run(chaos, args.every)
             print(found.text())
             if args.report is not None:
@@ -59,7 +66,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps-per-fault", type=int, default=STEPS_PER_FAULT, help="the run ends after so many")
     parser.add_argument("--lease", type=float, default=3.0, help="seconds")
     parser.add_argument("--kind", action="append", choices=tuple(KINDS), help="only these kinds; may be repeated")
-    parser.add_argument("--leaks", action="store_true", help="rank 0 is spared, and what it holds is looked at")
+    parser.add_argument("--leaks", action="store_true", help="two ranks, rank 0 is spared; looks at what is held")
+    parser.add_argument("--records", type=int, default=RECORDS, help="of --leaks: collectives that torch remembers")
     parser.add_argument("--every", type=int, default=10, help="look at what is held after so many faults")
     parser.add_argument("--directory", type=Path, help="a new one, for everything; it is kept")
     parser.add_argument("--report", type=Path, help="a file for the report, as JSON")

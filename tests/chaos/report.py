@@ -3,65 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median_low
 from typing import Any
 
+from tests.chaos.leaks import Held, Leaks
 from tests.chaos.run import Chaos
-
-WARM_FAULTS = 50  # in the life of a process: by then every code path was taken once
-SAMPLES_MIN = 8  # since then, of one process: fewer say nothing
-GROWTH_KIB_MAX = (
-    32.0  # of resident memory, a fault: allocators take 1 MiB at a time; an arena, a group, a thread is more
-)
-
-
-@dataclass(frozen=True)
-class Held:
-    """What one process holds."""
-
-    faults: int  # so far
-    pid: int
-    descriptors: int
-    threads: int
-    shared: int  # segments of shared memory
-    resident_mib: float
-
-
-@dataclass
-class Leaks:
-    """What processes held in the course of a chaos."""
-
-    samples: dict[str, list[Held]] = field(default_factory=dict)
-
-    def look(self, chaos: Chaos, faults: int) -> None:
-        for name, pid in chaos.pids().items():
-            if pid and (found := _held(pid, faults)) is not None:
-                known = self.samples.setdefault(name, [])
-                if known and known[-1].pid != pid:
-                    known.clear()  # another process in its place
-                known.append(found)
-
-    def found(self) -> list[str]:
-        """What grew, one line each."""
-        lines = []
-        for name, samples in self.samples.items():
-            warm = [one for one in samples if one.faults >= samples[0].faults + WARM_FAULTS]
-            if len(warm) < SAMPLES_MIN:
-                continue
-            # A recovery may be under way at any look: what is held for good is what most looks find.
-            early, late = warm[: len(warm) // 2], warm[len(warm) // 2 :]
-            for what in ("descriptors", "threads", "shared"):
-                before, after = (median_low(getattr(one, what) for one in half) for half in (early, late))
-                if after > before:
-                    lines.append(f"{name}: {before} {what}, then {after}")
-            grown = (late[-1].resident_mib - warm[0].resident_mib) * 1024 / (late[-1].faults - warm[0].faults)
-            if grown > GROWTH_KIB_MAX:
-                lines.append(f"{name}: {grown:.1f} KiB more of resident memory with each fault")
-        return lines
 
 
 @dataclass(frozen=True)
@@ -84,6 +32,7 @@ class Report:
     seconds: float
     leaks: list[str]
     held: dict[str, list[Held]]
+    table: list[str]  # of what was held, to be read
     same: bool  # bit for bit as the unhurt run
     nothing_left: bool
 
@@ -104,7 +53,7 @@ class Report:
             f"{self.steps} steps, {self.redone_steps} more done again; {self.commits} commits",
             f"lost commits: {'; '.join(self.lost_commits) or 'none'}",
             f"leaks: {'; '.join(self.leaks) or 'none'}",
-            *(f"  {name}: {samples[0]} … {samples[-1]}" for name, samples in self.held.items()),
+            *self.table,
             f"bit for bit as the unhurt run: {self.same}; no process left: {self.nothing_left}",
         ]
         return "\n".join(lines)
@@ -130,6 +79,7 @@ def report(chaos: Chaos, leaks: Leaks, seconds: float, same: bool) -> Report:
         round(seconds, 1),
         leaks.found(),
         leaks.samples,
+        leaks.table(),
         same,
         chaos.cluster.nothing_left(),
     )
@@ -169,14 +119,3 @@ def _events(path: Path, kind: str) -> list[dict[str, Any]]:
         if event["event"] == kind:
             found.append(event)
     return found
-
-
-def _held(pid: int, faults: int) -> Held | None:
-    try:
-        status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-        maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
-        shared = sum(" /memfd:" in line or " /dev/shm/" in line for line in maps)
-        resident = int(status["VmRSS"].split()[0]) / 1024
-        return Held(faults, pid, len(os.listdir(f"/proc/{pid}/fd")), int(status["Threads"]), shared, round(resident, 2))
-    except (FileNotFoundError, ProcessLookupError, KeyError):
-        return None

@@ -47,6 +47,7 @@ class Chaos:
     shape: Shape = Shape()
     kinds: tuple[str, ...] = tuple(KINDS)
     steps_per_fault: int = STEPS_PER_FAULT
+    environment: dict[str, str] = field(default_factory=dict)  # of the nodes, beside this process's
     done: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -119,8 +120,10 @@ class Chaos:
         return 0
 
     def pids(self) -> dict[str, int]:
-        """Of the launchers and, where there is one, the spared rank."""
+        """Of the launchers, and of the coordinator by itself and the spared rank where there is one."""
         found = {f"launcher {node}": launcher.process.pid for node, launcher in enumerate(self._launchers)}
+        if self._coordinator is not None:
+            found["coordinator"] = self._coordinator.process.pid
         if self.shape.spared >= 0:
             found[f"rank {self.shape.spared}"] = self.pid(self.shape.spared)
         return found
@@ -158,7 +161,7 @@ class Chaos:
         if node in self._links:
             flags += ["--rdzv-endpoint", f"127.0.0.1:{self._links[node].port}"]
         script = arguments(self.job, self.parallel, self.steps, "--pause", 0.01, "--norm", "layer")
-        return self.cluster.launch(*flags, *script[2:])
+        return self.cluster.launch(*flags, *script[2:], environment=self.environment)
 
     def _end(self) -> None:
         self._heal()

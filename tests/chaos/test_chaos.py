@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.chaos.leaks import Leaks
 from tests.chaos.plan import KINDS, Shape, plan
-from tests.chaos.report import Leaks, report
+from tests.chaos.report import report
 from tests.chaos.run import Chaos, ends_as_unhurt
 from tests.launching.harness import clusters
 

@@ -53,6 +53,20 @@ def test_survivor_goes_on_in_place_with_a_newcomer() -> None:
     assert scene.state.survivors == {1}
 
 
+def test_newcomer_that_dies_before_the_survivors_node_has_reported_costs_no_step() -> None:
+    scene = in_loop(Scene().started(), 8)
+    scene.report("a", exits=(dead("a", 8, (7, 8)),), stopped=True)
+    halted(scene, "b", 8)
+    scene.stored()
+    assert scene.say("a", m.StoreReady(2, "10.0.0.1", 29400)) == ["a <- Start 2", "b <- Start 2"]
+    newcomer = msgspec.structs.replace(dead("a", -1, (7, 8)), phase=int(Phase.BOOT))  # the black box outlives it
+    lines = scene.report("a", exits=(newcomer,))
+    assert {"a <- Halt", "b <- Halt"} <= set(lines)
+    scene.report("a", exits=(newcomer,), stopped=True)
+    halted(scene, "b", 8)
+    assert "continues at 8 from live, 1 kept, 1 new" in scene.wait(5.0)  # a pause: nothing was gained since
+
+
 def test_ranks_that_lost_each_other_go_on_although_nobody_died() -> None:
     scene = in_loop(Scene().started(), 8)
     rank = rank_of("b", 8, halted=True, live=8, kept=(7, 8))

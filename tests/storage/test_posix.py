@@ -64,6 +64,19 @@ def test_a_pack_is_synced_with_every_new_directory_above_it(tmp_path: Path, call
     ]
 
 
+def test_many_directories_are_not_all_remembered_and_forgotten_ones_are_synced_again(
+    tmp_path: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ftrain.storage.posix.SYNCED_KEPT", 8)
+    storage = PosixStorage(tmp_path)
+    for number in range(20):
+        storage.create(f"{number}/x", b"")
+        assert len(storage._synced) <= 8
+    calls.clear()
+    storage.create("0/y", b"")
+    assert ("sync directory", tmp_path.name) in calls  # holds the name "0"
+
+
 def test_a_directory_that_another_process_made_is_synced_too(tmp_path: Path, calls: Calls) -> None:
     (tmp_path / "a").mkdir()  # by somebody who crashed before the sync, for all we know
     PosixStorage(tmp_path).create("a/x", b"")
