@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import msgspec
 
@@ -24,6 +25,8 @@ from ftrain.errors import CorruptCheckpoint, NotFound
 from ftrain.storage.base import Storage
 
 THREADS = 4  # that read indexes
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +71,20 @@ def format_of(packs: Iterable[Written]) -> int:
 
 def read_packs(storage: Storage, base: str, manifest: Manifest) -> list[Written]:
     """As `read_written`, for a manifest of which the format is not known yet."""
-    with ThreadPoolExecutor(min(THREADS, manifest.world_size), "ftrain-indexes") as pool:
-        own = list(pool.map(lambda pack: read_index(storage, base, manifest, pack), manifest.packs))
-        wanted = [(index, one) for index in own for one in index.references]
-        run = _run_of(storage, base, manifest.attempt) if wanted else ""
-        earlier = list(pool.map(lambda one: _read_reference(storage, run, *one), wanted))
+    own = _for_each(lambda pack: read_index(storage, base, manifest, pack), manifest.packs)
+    wanted = [(index, one) for index in own for one in index.references]
+    run = _run_of(storage, base, manifest.attempt) if wanted else ""
+    earlier = _for_each(lambda one: _read_reference(storage, run, *one), wanted)
     _check_once([*own, *(one.index for one in earlier)], base)
     return [*(Written(index, base) for index in own), *earlier]
+
+
+def _for_each(read: Callable[[T], R], what: Sequence[T]) -> list[R]:
+    """Several at a time, where there are several."""
+    if len(what) < 2:
+        return [read(one) for one in what]
+    with ThreadPoolExecutor(min(THREADS, len(what)), "ftrain-indexes") as pool:
+        return list(pool.map(read, what))
 
 
 def read_index(storage: Storage, base: str, manifest: Manifest, pack: PackRecord) -> PackIndex:

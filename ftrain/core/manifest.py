@@ -348,5 +348,9 @@ def _validate_manifest(manifest: Manifest, path: str) -> None:
     if len(ranks) != manifest.world_size or ranks != list(range(len(ranks))):
         raise CorruptCheckpoint(f"{path}: the packs are not one for each of {manifest.world_size} ranks, in order")
     for pack in manifest.packs:
-        if (pack.path, pack.index_path) != (pack_path(pack.rank), index_path(pack.rank)):
-            raise CorruptCheckpoint(f"{path}: the pack of rank {pack.rank} is said to be at {pack.path!r}")
+        for what, said, true in (
+            ("pack", pack.path, pack_path(pack.rank)),
+            ("pack index", pack.index_path, index_path(pack.rank)),
+        ):
+            if said != true:
+                raise CorruptCheckpoint(f"{path}: the {what} of rank {pack.rank} is said to be at {said!r:.200}")

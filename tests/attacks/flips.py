@@ -12,6 +12,8 @@ disk is may be changed without harm: then all is found, and whole, or refused.
 from __future__ import annotations
 
 import argparse
+import functools
+import os
 import sys
 import tempfile
 import time
@@ -92,12 +94,13 @@ def damages(data: bytes, every: int) -> Iterator[tuple[str, bytes]]:
         yield f"cut to {length} bytes", data[:length]
 
 
-def flip_all(run: Run, every: int) -> tuple[Counter[str], list[str]]:
-    """How many changes were refused by `load`, and harmless to it; and what slipped through."""
+def flip_all(run: Run, every: int, tell: Callable[[str], None] = lambda _: None) -> tuple[Counter[str], list[str]]:
+    """How many changes were refused by `load`, and harmless to it; what slipped through. `tell` hears of each file."""
     counts: Counter[str] = Counter()
     slipped: list[str] = []
     commit = run.commit
     for path in files_of(run):
+        before = counts.copy()
         good = path.read_bytes()
         name = str(path.relative_to(run.path.parent))
         for what, data in damages(good, every):
@@ -107,7 +110,12 @@ def flip_all(run: Run, every: int) -> tuple[Counter[str], list[str]]:
             if problem:
                 slipped.append(f"{name}: {what}: {problem}")
         path.write_bytes(good)
+        tell(f"  {name}: {said(counts - before)}")
     return counts, slipped
+
+
+def said(counts: Counter[str]) -> str:
+    return ", ".join(f"{count:,} {what}" for what, count in counts.items())
 
 
 def files_of(run: Run) -> list[Path]:
@@ -154,12 +162,14 @@ def main() -> None:
     parser.add_argument("--layout", choices=LAYOUTS)
     arguments = parser.parse_args()
     slips = 0
+    os.path.realpath = functools.cache(os.path.realpath)  # contents change here, never links: a third of the time
     for layout in [arguments.layout] if arguments.layout else LAYOUTS:
         began = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="ftrain-flips-") as directory:
-            counts, slipped = flip_all(LAYOUTS[layout](Path(directory)), arguments.every)
-        said = ", ".join(f"{count:,} {what}" for what, count in counts.items())
-        print("\n".join([f"{layout}: {said}", *slipped[:20]]))
+            counts, slipped = flip_all(
+                LAYOUTS[layout](Path(directory)), arguments.every, functools.partial(print, flush=True)
+            )
+        print("\n".join([f"{layout}: {said(counts)}", *slipped[:20]]))
         print(f"{len(slipped)} slipped through, {time.monotonic() - began:.0f} s", flush=True)
         slips += len(slipped)
     sys.exit(1 if slips else 0)

@@ -13,16 +13,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
 import ftrain
 from ftrain.agent.coordinator_host import durable_history
+from ftrain.checkpoint.compression import encode
 from ftrain.checkpoint.retain import sweep
+from ftrain.core.codec import Codec
 from ftrain.core.journal import path_of
 from ftrain.errors import FtrainError, StorageError
 from ftrain.storage import PosixStorage
 from tests.attacks import hostile
+from tests.checkpoint.test_compression import bomb, replace_frame
 
 MEMORY_BYTES_MAX = 256 << 20
 SECRET = b"what is none of a stranger's business"
@@ -202,6 +206,35 @@ def index_is_a_pickle(path: Path, outside: Path) -> None:
 @attack
 def no_index_at_all(path: Path, outside: Path) -> None:
     (path / "packs/00000.index.json").unlink()
+
+
+# -------------------------------------------------------------------------------------------------------- compression
+
+
+@attack
+def frame_of_hardly_any_bytes_that_becomes_16_mebibytes(path: Path, outside: Path) -> None:
+    hostile.compress(path)
+    replace_frame(path, lambda _: bomb("zstd"))
+
+
+@attack
+def frame_of_another_codec(path: Path, outside: Path) -> None:
+    hostile.compress(path)
+    weights = np.ones(1500, np.float32)
+    frame = encode(Codec.parse("blosc-lz4"), weights.ctypes.data, weights.nbytes, weights.nbytes, 4)
+    replace_frame(path, lambda _: frame)
+
+
+@attack
+def frame_cut_in_the_middle(path: Path, outside: Path) -> None:
+    hostile.compress(path)
+    replace_frame(path, lambda frame: frame[: len(frame) // 2])
+
+
+@attack
+def codec_that_is_not_on_the_list(path: Path, outside: Path) -> None:
+    hostile.compress(path)
+    hostile.change_index(path, lambda fields: fields.update(codec="pickle:1"))
 
 
 # --------------------------------------------------------------------------------------------------------------- tests
