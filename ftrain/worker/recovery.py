@@ -190,8 +190,9 @@ class Recovery:
             if not self._link.wait_revoked(lambda: self._leaving):
                 return
             generation = self._link.generation
-            if self._link.revoked:
-                groups.revoke(generation)
+            if not self._link.revoked:
+                continue  # the training thread was faster: this is the next one already, which is not over
+            groups.revoke(generation)
             while self._link.generation == generation and not self._leaving:
                 self._renewed.wait(RENEWED_SECONDS)
                 self._renewed.clear()

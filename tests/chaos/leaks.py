@@ -47,8 +47,9 @@ class Leaks:
         for name, pid in chaos.pids().items():
             if pid and (found := _held(pid, faults)) is not None:
                 known = self.samples.setdefault(name, [])
-                if known and known[-1].pid != pid:
-                    known.clear()  # another process in its place
+                if known and known[-1].pid != pid:  # another process in its place
+                    self.samples[f"{name} until {known[-1].faults} faults"] = known
+                    known = self.samples[name] = []
                 known.append(found)
 
     def found(self) -> list[str]:

@@ -71,6 +71,7 @@ class Chaos:
             self._links = {node: Link(self._port) for node in range(1, self.shape.nodes)}
             if self.shape.alone:
                 self._coordinator = self._coordinate()
+                self._coordinator.says("serving run")  # else node 0, if it is faster, serves there itself
             self._launchers = [self._start(node) for node in range(self.shape.nodes)]
             for number, fault in enumerate(plan(self.seed, self.faults, self.shape, self.kinds), 1):
                 if fault.steps:
