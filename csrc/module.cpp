@@ -16,6 +16,7 @@
 #include "courtesy.hpp"
 #include "crc32c.hpp"
 #include "failure.hpp"
+#include "gloo_waits.hpp"
 #include "mapping.hpp"
 #include "page.hpp"
 #include "process.hpp"
@@ -219,6 +220,8 @@ NB_MODULE(_native, m) {
     ftrain::bind_look(m);
     m.def("set_parent_death_signal", &ftrain::set_parent_death_signal, "signum"_a);
     m.def("set_child_subreaper", &ftrain::set_child_subreaper, "on"_a);
+    m.def("list_gloo_waits", &ftrain::list_gloo_waits);
+    m.def("end_gloo_waits", &ftrain::end_gloo_waits, "message"_a, nb::call_guard<nb::gil_scoped_release>());
     m.def("wake_politely", &ftrain::wake_politely);
     m.def("leave_sigterm_to_parent", &ftrain::leave_sigterm_to_parent);
 }

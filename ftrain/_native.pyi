@@ -88,6 +88,12 @@ def set_parent_death_signal(signum: int) -> None:
 def set_child_subreaper(on: bool) -> None:
     """Whether orphaned descendants become children of this process."""
 
+def list_gloo_waits() -> bool:
+    """From now on `end_gloo_waits` knows who waits. False where torch's gloo is not built as it is known here."""
+
+def end_gloo_waits(message: str) -> int:
+    """Let every wait of gloo for a peer that is under way in this process raise RuntimeError. Returns how many."""
+
 def wake_politely() -> None:
     """This thread, when it is woken, does not take the processor from who woke it, where the kernel allows that."""
 

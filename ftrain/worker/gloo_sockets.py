@@ -3,6 +3,9 @@
 A collective of gloo that waits for a peer ends early only when its socket does; `abort` does not wake it. gloo keeps
 its sockets to itself, but a device registers each with its epoll descriptor, and `/proc/self/fdinfo` lists them with
 their inode. They are never closed here: gloo owns them.
+
+Who waits for a message of which a part has arrived or left is not even told of the socket's end, nor of its peer's:
+such waits are ended by `_native.end_gloo_waits`.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from typing import Any
 
 from torch.distributed import ProcessGroupGloo
 
+from ftrain import _native
+
 LOOPBACK_INTERFACE = "lo"
 _WATCHED = re.compile(r"^tfd:\s*(\d+) .*\bino:([0-9a-f]+)", re.MULTILINE)
 
@@ -30,6 +35,7 @@ def devices(loopback: bool) -> list[Any]:
     """
     interfaces = os.environ.get("GLOO_SOCKET_IFNAME", LOOPBACK_INTERFACE if loopback else "")
     with _lock:
+        _native.list_gloo_waits()
         if interfaces not in _devices:
             before = set(_event_loops())
             if interfaces:
@@ -47,7 +53,9 @@ def shut_down() -> int:
 
     Whoever waits on one, here or at its other end, is woken and raises. New groups can be made at once.
     """
-    return sum(shut_down_socket(*found) for loop in _loops for found in _watched(loop))
+    count = sum(shut_down_socket(*found) for loop in _loops for found in _watched(loop))
+    _native.end_gloo_waits("gloo: a wait for a peer was ended, because all connections were shut down")
+    return count
 
 
 def shut_down_socket(fd: int, inode: int) -> bool:

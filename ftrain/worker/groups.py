@@ -86,6 +86,13 @@ def revoke(generation: int) -> None:
             thread.start()
 
 
+def wake(generation: int) -> None:
+    """After `revoke`: wake whoever was about to wait for a peer then, and has begun to since."""
+    with _lock:
+        if generation >= _now.newest and not _now.local:
+            gloo_sockets.shut_down()
+
+
 def rehearse() -> None:
     """Let all groups be local until `reform`: collectives need no peers. Nothing may be under way in them."""
     with _lock:

@@ -194,7 +194,8 @@ class Recovery:
                 continue  # the training thread was faster: this is the next one already, which is not over
             groups.revoke(generation)
             while self._link.generation == generation and not self._leaving:
-                self._renewed.wait(RENEWED_SECONDS)
+                if not self._renewed.wait(RENEWED_SECONDS):
+                    groups.wake(generation)
                 self._renewed.clear()
 
     def _leave(self) -> None:

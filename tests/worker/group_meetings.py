@@ -50,6 +50,26 @@ def blocked(rank: Rank, how: str) -> None:
     _say_what_collectives_raise(rank, [None, part, mesh.get_group()])
 
 
+def in_the_middle(rank: Rank, broken: str) -> None:
+    """A message of rank 0 to rank 1 of which one of them has half in memory: its end of the connection fails there."""
+    whole, half = 32 << 20, 16 << 20
+    path = rank.path / f"message-{rank.rank}"
+    path.write_bytes(bytes(whole))
+    message = torch.from_file(str(path), shared=True, size=whole, dtype=torch.uint8)
+    dist.barrier()
+    if broken == ("sender", "receiver")[rank.rank]:
+        os.truncate(path, half)
+    rank.say("waits")
+    try:
+        if rank.rank == 0:
+            dist.send(message, 1)
+        else:
+            dist.recv(message, 0)
+    except RuntimeError as error:
+        rank.say("raised", str(error))
+    rank.next_generation()
+
+
 def waiting(rank: Rank) -> None:
     """Rank 0 waits for rank 1, which is idle."""
     dist.barrier()

@@ -40,6 +40,20 @@ def test_ranks_blocked_by_a_stopped_one_are_woken_by_a_revoke(tmp_path: Path, ho
             assert all("generation 1 was revoked" in message for message in raised)
 
 
+@pytest.mark.parametrize("broken", ["sender", "receiver"])
+def test_ranks_whose_connection_broke_in_the_middle_of_a_message_are_woken_by_a_revoke(
+    tmp_path: Path, broken: str
+) -> None:
+    with ranks(tmp_path, 2, f"{MEETINGS}:in_the_middle", broken=broken) as run:
+        assert run.hear_all() == [("waits",)] * 2
+        run.wait_blocked(0)
+        run.wait_blocked(1)
+        run.revoke(0, 1)
+        for word, message in run.hear_all():
+            assert word == "raised"
+            assert "all connections were shut down" in message
+
+
 def test_revoke_of_one_rank_wakes_the_one_that_waits_for_it(tmp_path: Path) -> None:
     with ranks(tmp_path, 2, f"{MEETINGS}:waiting") as run:
         run.wait_blocked(0)
