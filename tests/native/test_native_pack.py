@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -314,17 +315,31 @@ def test_write_beside_others_takes_no_more_of_the_processor_than_it_may(tmp_path
 
 
 def test_write_that_never_waits_for_a_processor_takes_all_that_it_can_use(tmp_path: Path) -> None:
+    """Where it had to wait once, for a hypervisor or the kernel, it is as good as over: so it may be tried again."""
     memory = Memory(LARGE.image_bytes)
+    pack = LARGE.pack(memory, in_place=True)
+
+    def is_done(number: int) -> bool:
+        looks = itertools.count()
+
+        def stop_after_five_seconds() -> None:
+            if next(looks) == 250:
+                raise Stopped
+
+        path = tmp_path / f"pack-{number}"
+        with suppress(Stopped), opened(path, os.O_WRONLY | os.O_CREAT) as descriptor:
+            check_file(path, LARGE, pack.write(descriptor, processors_max=1e-6, on_idle=stop_after_five_seconds))
+            return True
+        return False
+
     try:
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))  # nobody else is let in before it
     except PermissionError:
         pytest.skip("real-time scheduling is not allowed here")
     try:
-        with opened(tmp_path / "pack", os.O_WRONLY | os.O_CREAT) as descriptor:
-            found = LARGE.pack(memory, in_place=True).write(descriptor, processors_max=1e-6)
+        assert any(is_done(number) for number in range(10))
     finally:
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
-    check_file(tmp_path / "pack", LARGE, found)
 
 
 SLOW_WRITE = """
