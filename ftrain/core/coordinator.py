@@ -320,6 +320,7 @@ def _running(turn: Turn) -> None:
             turn.set(failed_at=0.0)
         if not state.looping_since and rounds.can_snapshot(turn):
             turn.set(looping_since=turn.now, stumbles=0)
+            rounds.retire(turn)  # not before: what it goes on from has been read, and was not found damaged
         if newcomer := forming.can_grow(turn):
             leaving.regroup(turn, f"a node on {newcomer.hello.host} joined")
         rounds.propose(turn)

@@ -95,6 +95,15 @@ def _base(state: State) -> journal.CommitBody | None:
     return newest if newest is not None and newest.origin is None else None  # one of another run has its files there
 
 
+def retire(turn: Turn) -> None:
+    """Let go of the commits that nothing keeps: after each commit, and when a run goes on that had no time to."""
+    state = turn.state
+    for attempt in retention.to_retire(state.history, state.policy.checkpoint.keep, state.suspects):
+        body = journal.RetireBody(attempt)
+        if body not in state.appender.pending:
+            turn.append(body)
+
+
 def _given_way(turn: Turn, barrier: Barrier) -> bool:
     """A commit that is armed for a step far ahead is taken back where a snapshot is due before."""
     state = turn.state
@@ -243,10 +252,7 @@ def _committed(turn: Turn, barrier: Barrier) -> None:
     drain = turn.state.drain
     if drain is not None:
         turn.set(drain=replace(drain, saved=drain.decided or barrier.hold))
-    for attempt in retention.to_retire(turn.state.history, state.policy.checkpoint.keep, state.suspects):
-        body = journal.RetireBody(attempt)
-        if body not in turn.state.appender.pending:
-            turn.append(body)
+    retire(turn)
 
 
 def _aborted(turn: Turn, barrier: Barrier) -> None:

@@ -158,6 +158,24 @@ def test_successor_carries_on_with_a_generation_that_runs() -> None:
     assert lines[0] == "b <- Welcome"
 
 
+def test_successor_retires_what_its_predecessor_had_no_time_to_when_the_ranks_are_in_their_loop() -> None:
+    first = Scene().running()
+    old = first.committed()
+    for node in NODES:
+        first.steps(node, 11)
+    new = first.committed()
+    assert [body.attempt for _, body in first.state.history.commits] == [old, new]
+    second = successor(first)
+    second.do(run_state.Begin())
+    second.stored()
+    for node in NODES:
+        assert "append retire" not in second.log
+        rank = m.RunningRank(NODES.index(node), 0, 7, 24, 3, joined=True)
+        second.hello(node, m.Report(9, 1, False, 0, (rank,), looping=True, first_step=0), term_seen=1)
+    assert second.log.count("append retire") == 1
+    assert second.stored()[0] == f"discard {old.step}.{old.number}"
+
+
 def test_successor_numbers_its_attempts_apart_from_those_that_nobody_saw() -> None:
     first = Scene().running()
     second = successor(first)

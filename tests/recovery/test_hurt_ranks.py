@@ -35,7 +35,8 @@ def test_hurt_run_ends_bit_for_bit_as_the_unhurt_one(
     cluster: Cluster, unhurt: Reference, parallel: str, injuries: list[dict[str, object]]
 ) -> None:
     job = Job(cluster.path / "job")
-    launcher = launch(cluster, job, parallel, environment={INJURIES: json.dumps(injuries)})
+    slowly = ("--pause", 0.1)  # or the steps are over before there were so many snapshots
+    launcher = launch(cluster, job, parallel, more=slowly, environment={INJURIES: json.dumps(injuries)})
     assert launcher.wait() == 0, launcher.text
     assert job.injuries() == len(injuries)
     assert launcher.text.count("interrupted: rank") == len(injuries), launcher.text
@@ -49,7 +50,8 @@ def test_hurt_run_ends_bit_for_bit_as_the_unhurt_one(
         # All ranks had sealed: the death of one of them does not lose the step.
         last = job.journal("generation")[-1]["line_step"]
         assert last >= 15
-        assert min(step.number for step in job.steps() if step.generation == len(injuries) + 1) == last
+        goes_on = (step.number for step in job.steps() if step.generation == len(injuries) + 1)
+        assert min(goes_on, default=STEPS) == last  # a busy machine may have come to the last snapshot by then
 
 
 def test_same_error_again_without_a_commit_gives_up_with_its_traceback(cluster: Cluster) -> None:

@@ -5,6 +5,7 @@ Each rank is a process with a thread that revokes when told; what it does else i
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import queue
 import signal
@@ -28,6 +29,7 @@ from ftrain.worker import groups, process_group
 from tests.worker.harness import FORKS, PATIENCE_SECONDS, wait_for
 
 STILL = 100  # looks, a millisecond apart
+STACKS_SECONDS = 1.0
 PATIENCE = timedelta(seconds=PATIENCE_SECONDS)
 
 
@@ -111,7 +113,7 @@ class Ranks:
     def end(self) -> None:
         for rank, process in self._processes.items():
             process.join(PATIENCE_SECONDS)
-            assert process.exitcode == 0, f"rank {rank} ended with {process.exitcode}"
+            assert process.exitcode == 0, f"rank {rank} ended with {process.exitcode}{self._stacks(rank)}"
 
     def close(self) -> None:
         for process in (*self._replaced, *self._processes.values()):
@@ -119,6 +121,15 @@ class Ranks:
             process.join()
         for pipe in self._pipes.values():
             pipe.close()
+
+    def _stacks(self, rank: int) -> str:
+        """Where each thread of a rank is that has not ended."""
+        process, path = self._processes[rank], _stacks_path(str(self._path), self.pid(rank))
+        if process.is_alive():
+            os.kill(self.pid(rank), signal.SIGUSR1)
+            wait_for(lambda: path.stat().st_size > 0)
+            process.join(STACKS_SECONDS)  # until all of it is written
+        return "\n" + path.read_text()
 
     def _start(self, rank: int, alone: bool, options: dict[str, Any]) -> tuple[ForkServerProcess, Connection]:
         ours, theirs = FORKS.Pipe()
@@ -184,7 +195,12 @@ class Rank:
                 self._generations.put(generation)
 
 
+def _stacks_path(path: str, pid: int) -> Path:
+    return Path(path) / f"stacks-{pid}.txt"
+
+
 def _main(training: str, place: Place, pipe: Connection, options: dict[str, Any]) -> None:
+    faulthandler.register(signal.SIGUSR1, _stacks_path(place.path, os.getpid()).open("w"), all_threads=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)

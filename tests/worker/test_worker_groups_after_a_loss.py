@@ -83,6 +83,8 @@ def test_stopped_rank_is_replaced_while_it_still_stands(tmp_path: Path, kind: st
     hurt = {"hurt_rank": 1, "hurt_at": 2, "where": "backward", "signal_number": int(signal.SIGSTOP)}
     with ranks(tmp_path, size, TRAINED, kind=kind, steps=STEPS, **hurt) as run:
         run.wait_stopped(1)
+        for other in {*range(size)} - {1}:
+            run.wait_blocked(other)  # one that is only about to wait is woken by a later look, which a worker has
         run.replace(1, kind=kind, steps=STEPS)
         run.end()
     assert digests(tmp_path, size) == expected
