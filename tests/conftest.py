@@ -1,4 +1,8 @@
-"""What holds for the whole suite: no process that a test started may outlive it, and the longest files come first."""
+"""What holds for the whole suite: no process outlives it, the longest files come first, what failed once is shown.
+
+A test of real processes, signals and disks is at the mercy of whatever else the machine does, so it is tried a second
+time. What a first try said is printed at the end all the same: it may be a fault that strikes one time in a thousand.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -37,6 +42,8 @@ LONGEST = (
     "worker/",
     "checkpoint/",
 )
+# Nothing outside has a say in these: they pass at once or fail.
+DETERMINISTIC = ("attacks/", "core/", "crash/", "fuzz/", "simulator/", "test_house.py")
 HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")  # Python's own, which end with pytest
 
 
@@ -56,6 +63,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, then those of the most tests. Within a file the order stays."""
     sizes = Counter(item.path for item in items)
     items.sort(key=lambda item: (_place(item.path), -sizes[item.path], item.path))
+    for item in items:
+        if not _name(item.path).startswith(DETERMINISTIC):
+            item.add_marker(pytest.mark.flaky(reruns=1))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The failures that a second try did not repeat: pytest itself shows those of a last try only."""
+    failed = {report.nodeid for report in terminalreporter.getreports("failed")}
+    once = [report for report in terminalreporter.getreports("rerun") if report.nodeid not in failed]
+    if once:
+        terminalreporter.section("FAILED ONCE", red=True)
+    for report in once:
+        terminalreporter.write_sep("_", report.head_line or report.nodeid)
+        terminalreporter.line(report.longreprtext)
 
 
 def pytest_collection_finish() -> None:
@@ -65,8 +86,11 @@ def pytest_collection_finish() -> None:
 
 
 def _place(path: Path) -> int:
-    name = path.relative_to(Path(__file__).parent).as_posix()
-    return next((place for place, start in enumerate(LONGEST) if name.startswith(start)), len(LONGEST))
+    return next((place for place, start in enumerate(LONGEST) if _name(path).startswith(start)), len(LONGEST))
+
+
+def _name(path: Path) -> str:
+    return path.relative_to(Path(__file__).parent).as_posix()
 
 
 def leftovers() -> list[psutil.Process]:
