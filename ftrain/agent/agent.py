@@ -20,7 +20,7 @@ from collections.abc import Coroutine, Mapping
 import msgspec
 
 from ftrain import _native
-from ftrain.agent import activity, environment, pages, stacks
+from ftrain.agent import activity, environment, pages, proc, stacks
 from ftrain.agent.child import Job
 from ftrain.agent.forks import Nursery, NurseryDied
 from ftrain.agent.peer_sender import Rank
@@ -40,6 +40,7 @@ from ftrain.storage.base import Storage
 
 log = logging.getLogger("ftrain")
 LOG_DRAIN_SECONDS = 2.0
+CALM_SECONDS = 1.0  # after a failure: by then most recoveries are over
 LOOK_SECONDS = 0.25  # between two looks at the workers
 WAITING_NOTE_SECONDS = 5.0
 
@@ -211,6 +212,7 @@ class Agent:
         if all(one.exit is not None or one.pid == pid for one in self._state.workers.values()):
             self._nursery.sweep()  # what the generation's workers had detached from themselves ends with it
         self._post(node.WorkerExited(exit))
+        self._loop.call_later(CALM_SECONDS, proc.trim_heap)
         self._spawn(worker.logs.drained(LOG_DRAIN_SECONDS))
 
     def _nursery_died(self, cause: str) -> None:

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from ftrain.agent import proc
 from ftrain.agent.report import metrics_text, status
 from ftrain.agent.story import Story
 from ftrain.checkpoint.publish import publish
@@ -181,6 +182,9 @@ class CoordinatorHost:
                 self._files.submit(_sweep, self._storage, action)
             case run_state.Exit():
                 self._finish(action)
+            case run_state.Resumed():
+                self._story.tell(action)
+                proc.trim_heap()
             case _:
                 self._story.tell(action)
 

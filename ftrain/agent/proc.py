@@ -1,7 +1,8 @@
-"""What Linux tells about processes under /proc, as far as a supervisor needs it."""
+"""What a supervisor needs of Linux: what /proc tells about processes, and its own freed memory given back."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 
@@ -36,3 +37,13 @@ def session(pid: int) -> int:
 def threads() -> int:
     """How many threads this process has, those of native libraries included."""
     return len(os.listdir("/proc/self/task"))
+
+
+def trim_heap() -> None:
+    """Give the system back what this process has freed. In a few milliseconds; nothing where the C library cannot.
+
+    glibc keeps freed pages that lie below others in use, and every recovery would leave some kilobytes of them.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

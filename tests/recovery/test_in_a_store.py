@@ -30,7 +30,7 @@ def test_a_hurt_and_stopped_run_goes_on_from_the_store_on_another_node_to_the_sa
 ) -> None:
     job, url = Job(cluster.path / "job"), store.new_url()
     injury = json.dumps([{"point": "forward", "rank": 1, "step": 7, "how": "SIGKILL"}])
-    first = launch(cluster, job, url, {training.INJURIES: injury}, "--pause", 0.1)
+    first = launch(cluster, job, url, {training.INJURIES: injury}, "--pause", 0.3)
     committed(first, 8)  # after the injury
     done = stop(first, job, 10, signal.SIGTERM)
     assert first.process.returncode == ExitCode.PREEMPTED, first.text
