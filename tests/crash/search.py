@@ -29,6 +29,7 @@ from tests.crash.report import Report
 
 MANY = 1 << 30
 STATES_MAX = 1024  # of one moment
+OVERSUPPLY = 8  # times the states that are wanted are drawn, where not all are: many of them were judged before
 TELL_EVERY = 5000
 
 
@@ -241,11 +242,15 @@ class Search:
                     _play(then, Stage(root, recorder, f"{name}-other", self._opens))
             return Run(recorder, state, expected)
 
-    def _states(self, run: Run) -> Iterator[tuple[State, Expected]]:
+    def _states(self, run: Run, wanted: int | None = None) -> Iterator[tuple[State, Expected]]:
+        """Of every moment all states, or as many as may be needed for so many new ones of all moments together."""
+        most = self._moment_max
+        if wanted is not None:
+            most = min(most, OVERSUPPLY * wanted // (len(run.recorder.ops) + 1) + 1)
         for disk, promised in run.moments():
-            if disk.count() > self._moment_max:
+            if disk.count() > most:
                 self.report.drawn += 1
-            for state in disk.states(self._moment_max, self._dice):
+            for state in disk.states(most, self._dice):
                 yield state, promised
 
     def _judge_runs(self, name: str, runs: list[Callable[[], tuple[Run, str]]], quota: int | None) -> None:
@@ -255,16 +260,15 @@ class Search:
             run, what = play()
             self.report.runs[name] += 1
             new: dict[bytes, Begin] = {}
-            for state, promised in self._states(run):
+            allowed = None
+            if quota is not None:
+                allowed = max(0, quota * (number + 1) // len(runs) - self.report.distinct[name])
+            for state, promised in self._states(run, allowed):
                 self.report.enumerated[name] += 1
                 mark = self._mark(state, promised)
                 if mark not in self._judged:
                     new[mark] = (state, promised)
-            chosen = list(new)
-            if quota is not None:
-                allowed = quota * (number + 1) // len(runs) - self.report.distinct[name]
-                chosen = self._some(chosen, max(0, allowed))
-            for mark in chosen:
+            for mark in self._some(list(new), MANY if allowed is None else allowed):
                 if self.is_over:
                     return
                 self._judged.add(mark)
