@@ -242,11 +242,9 @@ class Search:
                     _play(then, Stage(root, recorder, f"{name}-other", self._opens))
             return Run(recorder, state, expected)
 
-    def _states(self, run: Run, wanted: int | None = None) -> Iterator[tuple[State, Expected]]:
+    def _states(self, run: Run, wanted: int = MANY) -> Iterator[tuple[State, Expected]]:
         """Of every moment all states, or as many as may be needed for so many new ones of all moments together."""
-        most = self._moment_max
-        if wanted is not None:
-            most = min(most, OVERSUPPLY * wanted // (len(run.recorder.ops) + 1) + 1)
+        most = min(self._moment_max, OVERSUPPLY * wanted // (len(run.recorder.ops) + 1) + 1)
         for disk, promised in run.moments():
             if disk.count() > most:
                 self.report.drawn += 1
@@ -260,7 +258,7 @@ class Search:
             run, what = play()
             self.report.runs[name] += 1
             new: dict[bytes, Begin] = {}
-            allowed = None
+            allowed = MANY
             if quota is not None:
                 allowed = max(0, quota * (number + 1) // len(runs) - self.report.distinct[name])
             for state, promised in self._states(run, allowed):
@@ -268,7 +266,7 @@ class Search:
                 mark = self._mark(state, promised)
                 if mark not in self._judged:
                     new[mark] = (state, promised)
-            for mark in self._some(list(new), MANY if allowed is None else allowed):
+            for mark in self._some(list(new), allowed):
                 if self.is_over:
                     return
                 self._judged.add(mark)
