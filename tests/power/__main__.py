@@ -11,6 +11,7 @@ import argparse
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from tests.power.bugs import BUGS
@@ -24,6 +25,8 @@ UNAVAILABLE = 69
 def main() -> None:
     args = _arguments()
     kind = FILE_SYSTEMS[args.file_system]
+    if args.sector_bytes:
+        kind = replace(kind, sector_bytes=args.sector_bytes)
     if why := unavailable(kind):
         print(f"the power cannot be cut here: {why}", file=sys.stderr)
         sys.exit(UNAVAILABLE)
@@ -56,6 +59,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pause", type=float, default=0.1, help="seconds after each step: commits take their time")
     parser.add_argument("--bug", choices=tuple(BUGS), default="")
+    parser.add_argument(
+        "--sector-bytes", type=int, choices=(512, 4096), help="what the disk writes whole; default: what it must"
+    )
     parser.add_argument("--directory", type=Path, help="where the disks are made; default: in memory")
     return parser.parse_args()
 

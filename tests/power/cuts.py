@@ -19,7 +19,6 @@ from tests.power.recorder import Entry, Kind
 from tests.power.run import Recording
 from tests.power.told import read_marks
 
-SECTOR_BYTES = 512
 KEPT_SHARE = 0.5  # of the writes since the last flush, where some are kept
 TORN_SHARE = 0.5  # of these
 HOWS = ("nothing", "some", "all")  # is kept of what was written since the last flush
@@ -63,9 +62,10 @@ def expected_at(recording: Recording, end: int) -> Expected:
 class Disk:
     """The disk's durable content, moved along the log, in the file `image`, which is changed."""
 
-    def __init__(self, image: Path, entries: Sequence[Entry]) -> None:
+    def __init__(self, image: Path, entries: Sequence[Entry], sector_bytes: int) -> None:
         self._image = image
         self._entries = entries
+        self._sector_bytes = sector_bytes
         self._at = 0  # entries before it are in the image
 
     def after(self, cut: Cut, target: Path, dice: random.Random) -> None:
@@ -79,19 +79,22 @@ class Disk:
             case "all":
                 _apply(target, since)
             case "some":
-                _apply(target, list(_some(since, dice)))
+                _apply(target, list(_some(since, self._sector_bytes, dice)))
 
 
-def _some(writes: Sequence[Entry], dice: random.Random) -> Iterator[Entry]:
+def _some(writes: Sequence[Entry], sector_bytes: int, dice: random.Random) -> Iterator[Entry]:
     for entry in writes:
         if dice.random() >= KEPT_SHARE:
             continue
         if dice.random() >= TORN_SHARE:
             yield entry
             continue
-        for at in range(0, len(entry.data), SECTOR_BYTES):
+        at, end = entry.offset, entry.offset + len(entry.data)
+        while at < end:
+            next_sector = min(at - at % sector_bytes + sector_bytes, end)
             if dice.random() < KEPT_SHARE:
-                yield Entry(Kind.WRITE, entry.offset + at, entry.data[at : at + SECTOR_BYTES])
+                yield Entry(Kind.WRITE, at, entry.data[at - entry.offset : next_sector - entry.offset])
+            at = next_sector
 
 
 def _apply(image: Path, entries: Sequence[Entry]) -> None:

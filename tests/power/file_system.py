@@ -20,27 +20,33 @@ BUSY_SECONDS_MAX = 15.0
 
 @dataclass(frozen=True, slots=True)
 class FileSystem:
-    """A kind of them, as it is made and mounted. Nothing but what a power cut needs differs from the defaults."""
+    """A kind of them, as it is made and mounted. Nothing but what a power cut needs differs from the defaults.
+
+    The disk writes a sector whole or not at all.
+    """
 
     name: str
     nbytes: int
-    make: tuple[str, ...]
+    sector_bytes: int
+    make: tuple[str, ...]  # {sector_bytes} stands for those
     mount: str  # options
 
     def format(self, image: Path) -> None:
         with image.open("wb") as file:
             file.truncate(self.nbytes)
-        do(*self.make, str(image))
+        do(*(part.format(sector_bytes=self.sector_bytes) for part in self.make), str(image))
         do("fallocate", "--dig-holes", str(image))  # every cut copies it
 
 
 # All that is put off for later by default is done at once, so that it does not stand among the run's own writes; a
-# copy of a mounted XFS has the same identity, which XFS otherwise refuses.
+# copy of a mounted XFS has the same identity, which XFS otherwise refuses. XFS needs sectors as large as its blocks,
+# which disks have had for years: where one of its directory blocks is torn so that the head is new and the rest is
+# not, its recovery takes the block for written, passes over it, and the mount is refused for the block's checksum.
 FILE_SYSTEMS = {
     "ext4": FileSystem(
-        "ext4", 128 * MIB, ("mkfs.ext4", "-q", "-E", "nodiscard,lazy_itable_init=0,lazy_journal_init=0"), "loop"
+        "ext4", 128 * MIB, 512, ("mkfs.ext4", "-q", "-E", "nodiscard,lazy_itable_init=0,lazy_journal_init=0"), "loop"
     ),
-    "xfs": FileSystem("xfs", 320 * MIB, ("mkfs.xfs", "-q", "-K"), "loop,nouuid"),
+    "xfs": FileSystem("xfs", 320 * MIB, 4096, ("mkfs.xfs", "-q", "-K", "-s", "size={sector_bytes}"), "loop,nouuid"),
 }
 
 

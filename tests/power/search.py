@@ -78,7 +78,7 @@ class Search:
             points = sorted(self._dice.sample(points, points_max))
         image = self._place / "durable"
         copy_sparse(self._recording.image, image)
-        disk = Disk(image, entries)
+        disk = Disk(image, entries, self._recording.kind.sector_bytes)
         cuts = [cut for point in points for cut in cuts_at(point, self._dice)]
         to_resume = set(self._dice.sample(range(len(cuts)), min(resumes, len(cuts))))
         for number, cut in enumerate(cuts):

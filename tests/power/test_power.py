@@ -10,11 +10,13 @@ import pytest
 
 from ftrain.core.messages import Attempt
 from tests.power.bugs import FOUND
-from tests.power.cuts import SECTOR_BYTES, Cut, Disk, cuts_at, expected_at, flush_points
+from tests.power.cuts import Cut, Disk, cuts_at, expected_at, flush_points
 from tests.power.file_system import FILE_SYSTEMS, FileSystem, mounted, unavailable
 from tests.power.recorder import Entry, Kind, read_log, recording
 from tests.power.run import Recording, record
 from tests.power.search import Search
+
+SECTOR_BYTES = 512
 
 
 @pytest.fixture(params=FILE_SYSTEMS)
@@ -72,7 +74,7 @@ def test_a_cut_keeps_what_was_flushed_and_any_part_of_the_rest(tmp_path: Path) -
     for seed in range(600):
         dice = random.Random(seed)
         (tmp_path / "begin").write_bytes(bytes(5 * SECTOR_BYTES))
-        disk = Disk(tmp_path / "begin", entries)
+        disk = Disk(tmp_path / "begin", entries, SECTOR_BYTES)
         for cut in cuts_at((2, 4), dice):
             disk.after(cut, tmp_path / "left", dice)
             data = (tmp_path / "left").read_bytes()
