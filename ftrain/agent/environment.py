@@ -24,6 +24,7 @@ TRAINING_MODULES = (
     "torch.distributed.tensor",
     "torch.distributed.fsdp",
     "ftrain.worker",
+    "ftrain.worker.destroyed_groups",
 )
 
 

@@ -25,6 +25,22 @@ ALLREDUCE = """
     dist.barrier()
     dist.destroy_process_group()
 """
+DESTROYED_BEFORE_ITS_MODULE = """
+    import os, sys, torch, torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    def train(number):
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}-{number}", rank=rank, world_size=size)
+        model = DistributedDataParallel(torch.nn.Linear(20, 1))
+        for _ in range(2):
+            model(torch.randn(8, 20)).sum().backward()
+        dist.destroy_process_group()
+
+    for number in range(40):
+        train(number)
+    print("trained")
+"""
 ENVIRONMENT = """
     import json, os, sys
     names = [name for name in os.environ if name.startswith(("TORCHELASTIC_", "MASTER_", "OMP_", "TORCH_NCCL"))
@@ -39,6 +55,13 @@ def test_script_without_ftrain_runs_on_two_ranks(cluster: Cluster) -> None:
     assert launcher.wait() == 0, launcher.text
     for rank in (0, 1):
         assert f"[rank{rank}]: sum 3 restart 0 args ['--own', '-x', '1']" in launcher.text
+
+
+def test_a_group_that_is_destroyed_before_its_module_does_not_hang(cluster: Cluster) -> None:
+    script = cluster.script(DESTROYED_BEFORE_ITS_MODULE)
+    launcher = cluster.launch("--nproc-per-node", 2, script, cluster.path / "store")
+    assert launcher.wait() == 0, launcher.text
+    assert launcher.text.count("trained") == 2
 
 
 def test_two_launchers_on_one_host_are_two_nodes(cluster: Cluster) -> None:
