@@ -10,6 +10,7 @@ from ftrain.core.codec import Codec
 from ftrain.core.schedule import CheckpointPolicy
 from ftrain.core.supervision import RestartPolicy
 
+DEFAULT_RUN_ID = "run"
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 STOP_GRACE_SECONDS = 30.0  # from SIGTERM to SIGKILL for scripts that never joined: what torchrun gives them
 

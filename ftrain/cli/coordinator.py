@@ -20,7 +20,7 @@ from ftrain.core.membership import FormationPolicy
 from ftrain.core.run_state import Exit, RunPolicy
 from ftrain.core.supervision import RestartPolicy
 from ftrain.errors import ExitCode
-from ftrain.spec import LOOPBACK_HOSTS, STOP_GRACE_SECONDS
+from ftrain.spec import DEFAULT_RUN_ID, LOOPBACK_HOSTS, STOP_GRACE_SECONDS
 from ftrain.storage import Storage, open_run
 
 log = logging.getLogger("ftrain")
@@ -35,7 +35,7 @@ def coordinator(
         str, typer.Option("--rdzv-endpoint", "--rdzv_endpoint", help="HOST:PORT to serve at, as the nodes give it.")
     ],
     nnodes: Annotated[str, typer.Option("--nnodes", help="Number of nodes, or MIN:MAX.")] = "1",
-    rdzv_id: Annotated[str, typer.Option("--rdzv-id", "--rdzv_id", help="Name of the run.")] = "run",
+    rdzv_id: Annotated[str, typer.Option("--rdzv-id", "--rdzv_id", help="Name of the run.")] = DEFAULT_RUN_ID,
     max_restarts: Annotated[int | None, typer.Option("--max-restarts", "--max_restarts", help="As in launch.")] = None,
     checkpoint_every: Annotated[str, typer.Option("--checkpoint-every", help="As in launch.")] = "60s",
     snapshot_every: Annotated[str, typer.Option("--snapshot-every", help="As in launch.")] = "10s",

@@ -16,7 +16,7 @@ from ftrain.cli import options
 from ftrain.cli.running import run_job
 from ftrain.core.supervision import RestartPolicy
 from ftrain.errors import UsageError
-from ftrain.spec import STOP_GRACE_SECONDS, JobSpec, Output, Program, Topology
+from ftrain.spec import DEFAULT_RUN_ID, STOP_GRACE_SECONDS, JobSpec, Output, Program, Topology
 
 _SAME = "Accepted because torchrun has it; ftrain needs no such setting."
 _TORCHRUN = "torchrun's flags without effect here"
@@ -37,7 +37,7 @@ def launch(
     ] = "",
     rdzv_id: Annotated[
         str, typer.Option("--rdzv-id", "--rdzv_id", help="Name of the run, equal on all nodes.")
-    ] = "run",
+    ] = DEFAULT_RUN_ID,
     rdzv_conf: Annotated[
         str, typer.Option("--rdzv-conf", "--rdzv_conf", help="join_timeout=SECONDS, last_call_timeout=SECONDS.")
     ] = "",

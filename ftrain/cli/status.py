@@ -1,4 +1,4 @@
-"""`ftrain status`: what a run is doing, asked from its coordinator."""
+"""`ftrain status`: what a run is doing, asked from its coordinator; how it ended, read from its journal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from ftrain.cli import options
 from ftrain.cli.running import SECRET_NAME, WHEREABOUTS
 from ftrain.control.client import fetch_status
 from ftrain.control.secret import Secret
-from ftrain.errors import UsageError
+from ftrain.core.run_state import Phase
+from ftrain.errors import Unavailable, UsageError
+from ftrain.storage import open_storage
+from ftrain.storage.base import Storage
+from ftrain.storage.history import read_history
 
 
 def status(
@@ -24,24 +28,54 @@ def status(
     secret: Annotated[Path | None, typer.Option("--secret", help="For runs of several nodes.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
 ) -> None:
-    """Show the run's phase, ranks, commits and interruptions."""
-    _, run_dir = options.run_place(run, "RUN_DIR")
+    """Show the run's phase, ranks, commits and interruptions; of a run that has ended, how."""
+    url, run_dir = options.run_place(run, "RUN_DIR")
     try:
         found = json.loads((run_dir / WHEREABOUTS).read_text())
         endpoint = f"{found['host']}:{found['port']}"
     except (OSError, ValueError, KeyError, TypeError):
         raise UsageError(f"{run}: no run has been started here") from None
-    picture = asyncio.run(fetch_status(endpoint, Secret.load(secret or run_dir / SECRET_NAME)))
+    try:
+        picture = asyncio.run(fetch_status(endpoint, Secret.load(secret or run_dir / SECRET_NAME)))
+    except Unavailable as error:
+        picture = _ended(open_storage(url or str(run_dir)), error)
     if as_json:
         print(json.dumps(picture))
     else:
         _show(picture)
 
 
+def _ended(storage: Storage, error: Unavailable) -> dict[str, Any]:
+    """The picture of a run that has come to its end. Raises `error`, with what is there, for one that has not."""
+    history, _ = read_history(storage)
+    commits = [
+        {"step": body.attempt.step, "path": body.attempt.path, "bytes": body.payload_bytes, "sequence": sequence}
+        for sequence, body in history.commits
+    ]
+    if history.run is None or history.finish is None:
+        newest = f"its newest commit is of step {commits[-1]['step']}" if commits else "it has no commit"
+        raise Unavailable(f"{error} The run has not come to its end: {newest}; start it again to go on.") from None
+    return {
+        "run_id": history.run.run_id,
+        "phase": Phase.OVER.value,
+        "generation": history.generation.generation if history.generation is not None else 0,
+        "step": history.finish.step,
+        "metrics": {},
+        "nodes": [],
+        "attempt": None,
+        "commits": commits,
+        "interruptions": [],
+        "exit_code": history.finish.exit_code,
+        "summary": history.finish.summary,
+    }
+
+
 def _show(picture: dict[str, Any]) -> None:
     console = Console()
     metrics = "  ".join(f"{name} {number(value)}" for name, value in picture["metrics"].items())
     console.print(f"[bold]{picture['run_id']}[/]  {picture['phase']}  generation {picture['generation']}  {metrics}")
+    if picture["phase"] == Phase.OVER.value and "exit_code" in picture:
+        console.print(f"{picture['summary']} (exit code {picture['exit_code']})")
     ranks = Table("rank", "node", "pid", "steps", "phase", "stall")
     for node in picture["nodes"]:
         for rank in node["ranks"]:
@@ -53,7 +87,8 @@ def _show(picture: dict[str, Any]) -> None:
                 rank["phase"],
                 f"{rank['stall_seconds'] * 1e3:.1f} ms",
             )
-    console.print(ranks)
+    if picture["nodes"]:
+        console.print(ranks)
     for commit in picture["commits"]:
         console.print(f"commit of step {commit['step']}  {commit['bytes'] / 1e6:.1f} MB  {commit['path']}")
     if picture["attempt"] is not None:

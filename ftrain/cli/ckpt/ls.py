@@ -13,6 +13,7 @@ from ftrain.checkpoint.catalogue import Catalogue, Commit, catalogue, problem_of
 from ftrain.cli.ckpt import output
 from ftrain.cli.ckpt.output import AsJson
 from ftrain.errors import ExitCode
+from ftrain.spec import DEFAULT_RUN_ID
 
 METRICS_MAX = 3  # in the table
 THREADS = 8
@@ -56,9 +57,10 @@ def _show(found: Catalogue, rows: Sequence[dict[str, Any]]) -> None:
     run = found.history.run if found.history is not None else None
     total = output.size(sum(row["bytes"] for row in rows if not row["origin"]))
     ended = found.history.finish if found.history is not None else None
-    state = f", {ended.summary.splitlines()[0] if ended.summary else 'finished'} (step {ended.step})" if ended else ""
-    name = f"run {run.run_id!r}" if run is not None else "checkpoints"
-    output.say(f"{found.place}: {name}, {len(rows)} here, {total}{state}")
+    said = ended.summary.partition("\n")[0] if ended is not None else ""
+    state = f"; {said}" if said else ""
+    name = f"run {run.run_id!r}, " if run is not None and run.run_id != DEFAULT_RUN_ID else ""
+    output.say(f"{found.place}: {name}{len(rows)} checkpoint{'' if len(rows) == 1 else 's'}, {total}{state}")
     names = list(_some(name for row in rows for name in row["metrics"]))
     table = output.table(
         "step", "age", "size", "ranks", *names, "pins", "files", "where", right=["step", "age", "size", "ranks", *names]
