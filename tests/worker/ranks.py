@@ -129,7 +129,7 @@ class Ranks:
             os.kill(self.pid(rank), signal.SIGUSR1)
             wait_for(lambda: path.stat().st_size > 0)
             process.join(STACKS_SECONDS)  # until all of it is written
-        return "\n" + path.read_text()
+        return "\n" + path.read_text() if path.exists() else ""  # it may have ended before it had any
 
     def _start(self, rank: int, alone: bool, options: dict[str, Any]) -> tuple[ForkServerProcess, Connection]:
         ours, theirs = FORKS.Pipe()
