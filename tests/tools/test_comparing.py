@@ -11,7 +11,7 @@ import torch
 import ftrain
 from ftrain.checkpoint.tools import stream
 from ftrain.checkpoint.tools.anomalies import look_at_metrics
-from tests.tools.runs import ckpt, log_metrics, make_run
+from tests.tools.runs import ckpt, log_metrics, make_run, model
 
 
 def saved(path: Path, **tensors: torch.Tensor) -> Path:
@@ -51,6 +51,20 @@ def test_diff_puts_tensors_that_became_nan_first_and_tells_where(tmp_path: Path)
     assert (first["after"]["nans"], first["after"]["infs"], first["max_change"]) == (1, 1, 0.0)
     text = ckpt("diff", one, other).text
     assert "1 NaN, 1 Inf of 20, first at [2, 1]" in text
+
+
+def test_diff_puts_what_optimizers_keep_behind_what_they_train(tmp_path: Path) -> None:
+    module = model()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
+    for step in (1, 2):
+        sum(parameter.pow(step + 1).sum() for parameter in module.parameters()).backward()
+        optimizer.step()
+        ftrain.save(tmp_path / str(step), {"model": module, "optimizer": optimizer}, step=step)
+    found = ckpt("diff", tmp_path / "1", tmp_path / "2", "--json").json["tensors"]
+    tensors = [tensor for tensor in found if not tensor["is_same"]]
+    owners = [tensor["key"].partition(".")[0] for tensor in tensors]
+    assert owners == sorted(owners) and set(owners) == {"model", "optimizer"}
+    assert tensors[-1]["relative"] > tensors[0]["relative"], "the moments changed more, and yet they come last"
 
 
 def test_diff_tells_what_is_on_one_side_only_or_of_another_shape(tmp_path: Path) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from ftrain.checkpoint.state.source import TensorSource
-from ftrain.checkpoint.tools.opening import natural
+from ftrain.checkpoint.tools.describe import names_of
+from ftrain.checkpoint.tools.opening import Everything, Natural, natural
 from ftrain.checkpoint.tools.statistics import Statistics, slices
 from ftrain.checkpoint.tools.stream import pairs
 from ftrain.checkpoint.wire import as_bytes
@@ -50,7 +51,9 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    changes: tuple[Change, ...]  # of tensors that are in both, of one shape; the sickest first, then the most changed
+    # Of tensors that are in both, of one shape; the sickest first, then the most changed. Optimizers' state, most of
+    # which is new after some steps in any run, comes behind all others.
+    changes: tuple[Change, ...]
     only_before: tuple[str, ...]
     only_after: tuple[str, ...]
     reshaped: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
@@ -78,8 +81,9 @@ def compare(
         change.is_same = change.dtypes[0] == change.dtypes[1]
     for first, second in pairs(before, after, equal):
         _add(changes[first.key], first.tensor, second.tensor, first.box.offset)
+    optimizers = {*_optimizers(before), *_optimizers(after)}
     return Comparison(
-        tuple(sorted(changes.values(), key=_order)),
+        tuple(sorted(changes.values(), key=lambda change: _order(change, optimizers))),
         tuple(key for key in before_keys if key not in there),
         tuple(key for key in after_keys if key not in here),
         tuple((key, before.tensors[key].shape, after.tensors[key].shape) for key in both if key not in changes),
@@ -117,5 +121,11 @@ def _place(number: int, width: int, part: torch.Tensor, offset: tuple[int, ...])
     return tuple(int(at) + start for at, start in zip(local, offset, strict=True))
 
 
-def _order(change: Change) -> tuple[bool, bool, float, tuple[tuple[bool, int, str], ...]]:
-    return not change.became_sick, change.is_same, -change.relative, natural(change.key)
+def _order(change: Change, optimizers: Collection[str]) -> tuple[bool, bool, bool, float, Natural]:
+    is_of_optimizer = change.key.partition(".")[0] in optimizers
+    return not change.became_sick, change.is_same, is_of_optimizer, -change.relative, natural(change.key)
+
+
+def _optimizers(source: TensorSource) -> list[str]:
+    """Names, where the source tells what was tracked."""
+    return names_of("optimizer", source.checkpoint) if isinstance(source, Everything) else []

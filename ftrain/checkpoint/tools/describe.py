@@ -44,9 +44,9 @@ def tracked_of(checkpoint: Checkpoint) -> dict[str, Any]:
     return dict(found) if isinstance(found, dict) else {}
 
 
-def modules_of(checkpoint: Checkpoint) -> list[str]:
-    """The names of the modules."""
-    return [name for name, plain in tracked_of(checkpoint).items() if kind_of(plain) == "module"]
+def names_of(kind: str, checkpoint: Checkpoint) -> list[str]:
+    """Of the tracked objects that are of this kind: "module", "optimizer", …"""
+    return [name for name, plain in tracked_of(checkpoint).items() if kind_of(plain) == kind]
 
 
 def owner(key: str, names: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from ftrain.checkpoint.foreign.outgoing import Outgoing, outgoing_pieces
 from ftrain.checkpoint.state.items import torch_dtype
 from ftrain.checkpoint.state.source import TensorSource
-from ftrain.checkpoint.tools.describe import modules_of
+from ftrain.checkpoint.tools.describe import names_of
 from ftrain.checkpoint.tools.opening import Everything, matching, open_reference
 from ftrain.errors import UnsupportedTensor, UsageError
 
@@ -90,7 +90,7 @@ def _prefix(source: TensorSource, name: str) -> str:
         if name not in names:
             raise UsageError(f"--name {name}: {source.url} has {', '.join(names)}")
         return f"{name}."
-    modules = modules_of(source.checkpoint)
+    modules = names_of("module", source.checkpoint)
     if len(modules) != 1:
         what = f"several modules ({', '.join(modules)})" if modules else f"no module, but {', '.join(names)}"
         raise UsageError(f"{source.url} has {what}: choose one with --name, or take everything with --all")

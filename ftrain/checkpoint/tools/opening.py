@@ -15,6 +15,8 @@ from ftrain.checkpoint.state.items import TensorItem, item_of, torch_dtype
 from ftrain.checkpoint.state.source import TensorInfo, TensorSource, Wanted
 from ftrain.errors import MismatchedState
 
+Natural = tuple[tuple[bool, int, str], ...]
+
 
 def open_commit(commit: Commit) -> Checkpoint:
     """Raises `CorruptCheckpoint`."""
@@ -37,7 +39,7 @@ def matching(keys: Iterable[str], patterns: Sequence[str] | None) -> list[str]:
     return sorted(found, key=natural)
 
 
-def natural(key: str) -> tuple[tuple[bool, int, str], ...]:
+def natural(key: str) -> Natural:
     """So that layers.10 comes after layers.9."""
     return tuple((not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in key.split("."))
 

@@ -29,7 +29,8 @@ def diff(
 ) -> None:
     """Compare two checkpoints: norms, the largest change and where it is, NaNs and infinities.
 
-    Ends with 0 where they are the same bit by bit, with 1 where they are not. Tensors that became NaN come first.
+    Ends with 0 where they are the same bit by bit, with 1 where they are not. Tensors that became NaN come first,
+    then those of models by how much they changed, then those of optimizers.
     """
     from ftrain.checkpoint.tools.compare import compare
     from ftrain.checkpoint.tools.opening import matching, open_reference
