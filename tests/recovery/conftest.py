@@ -10,9 +10,9 @@ import pytest
 
 from tests.launching.harness import Cluster, clusters
 from tests.recovery.account import Job, launch
-from tests.storage.conftest import azurite, moto, store
+from tests.storage.conftest import azurite, moto, seaweedfs, store
 
-__all__ = ["azurite", "moto", "store"]
+__all__ = ["azurite", "moto", "seaweedfs", "store"]
 
 Reference = Callable[[str], Job]
 

@@ -53,6 +53,7 @@ def test_a_hurt_and_stopped_run_goes_on_from_the_store_on_another_node_to_the_sa
     assert job.samples() == unhurt("ddp").samples()
 
 
+@pytest.mark.parametrize("store", ["moto", "azurite"], indirect=True)  # SeaweedFS makes buckets that are not there
 def test_a_store_that_cannot_be_used_is_a_wrong_use_told_in_one_line(cluster: Cluster, store: Server) -> None:
     script = cluster.script("print('never')")
     url = f"{store.new_url().rpartition('/')[0].replace('bucket', 'no-such-bucket')}/run"

@@ -47,9 +47,9 @@ def s3(moto: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     return moto
 
 
-@pytest.fixture(params=["moto", "azurite"])
+@pytest.fixture(params=["moto", "seaweedfs", "azurite"])
 def store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Server:
-    """A quick server of each kind, and the environment that leads to it."""
+    """A server of each kind, and the environment that leads to it."""
     server: Server = request.getfixturevalue(request.param)
     servers.set_environment(server, monkeypatch)
     return server

@@ -69,12 +69,14 @@ ftrain.save(sys.argv[1], state(int(sys.argv[2])), step=1)
 """
 
 
+@pytest.mark.parametrize("kind", ["moto", "seaweedfs"])
 def test_a_save_that_was_killed_in_mid_upload_is_cleaned_up_and_done_by_the_next(
-    moto: S3Server, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     from ftrain.storage.uploads import S3Uploads
 
-    with proxy_of(moto) as proxy:
+    server: S3Server = request.getfixturevalue(kind)
+    with proxy_of(server) as proxy:
         set_environment(proxy.server, monkeypatch)
         url = proxy.server.new_url()
 

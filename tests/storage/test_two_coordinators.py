@@ -49,7 +49,7 @@ def coordinate(storage: ObjectStorage, writer: str, barrier: threading.Barrier) 
 
 
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("store", ["moto", "azurite", "gcs"])
+@pytest.mark.parametrize("store", ["moto", "seaweedfs", "azurite", "gcs"])
 def test_of_two_coordinators_one_wins_and_the_other_stops(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, store: str, seed: int
 ) -> None:
