@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ftrain.agent.story import Story
+from ftrain.core.journal import History
 from ftrain.core.page import Phase as WorkerPhase
 from ftrain.core.run_state import State
 
@@ -28,15 +29,20 @@ def status(state: State, story: Story) -> dict[str, Any]:
             "stage": barrier.stage.value,
             "waits_for_ranks": sorted(barrier.missing)[:64],
         },
-        "commits": [
-            {"step": body.attempt.step, "path": body.attempt.path, "bytes": body.payload_bytes, "sequence": sequence}
-            for sequence, body in state.history.commits
-        ],
+        "commits": commits(state.history),
         "damaged": [attempt.path for attempt in sorted(state.suspects)],
         "interruptions": list(story.interruptions),
         "restarts": state.budget.restarts,
         "summary": state.summary,
     }
+
+
+def commits(history: History) -> list[dict[str, Any]]:
+    """Those that are not retired, oldest first."""
+    return [
+        {"step": body.attempt.step, "path": body.attempt.path, "bytes": body.payload_bytes, "sequence": sequence}
+        for sequence, body in history.commits
+    ]
 
 
 def _node(state: State, name: str) -> dict[str, Any]:

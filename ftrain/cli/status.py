@@ -11,13 +11,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ftrain.agent.report import commits
 from ftrain.agent.story import number
 from ftrain.cli import options
 from ftrain.cli.running import SECRET_NAME, WHEREABOUTS
 from ftrain.control.client import fetch_status
 from ftrain.control.secret import Secret
 from ftrain.core.run_state import Phase
-from ftrain.errors import Unavailable, UsageError
+from ftrain.errors import FtrainError, ProtocolError, Refused, Unavailable, UsageError
 from ftrain.storage import open_storage
 from ftrain.storage.base import Storage
 from ftrain.storage.history import read_history
@@ -37,7 +38,7 @@ def status(
         raise UsageError(f"{run}: no run has been started here") from None
     try:
         picture = asyncio.run(fetch_status(endpoint, Secret.load(secret or run_dir / SECRET_NAME)))
-    except Unavailable as error:
+    except (Unavailable, Refused, ProtocolError) as error:  # of a run that is over, others may have the port by now
         picture = _ended(open_storage(url or str(run_dir)), error)
     if as_json:
         print(json.dumps(picture))
@@ -45,16 +46,16 @@ def status(
         _show(picture)
 
 
-def _ended(storage: Storage, error: Unavailable) -> dict[str, Any]:
+def _ended(storage: Storage, error: FtrainError) -> dict[str, Any]:
     """The picture of a run that has come to its end. Raises `error`, with what is there, for one that has not."""
     history, _ = read_history(storage)
-    commits = [
-        {"step": body.attempt.step, "path": body.attempt.path, "bytes": body.payload_bytes, "sequence": sequence}
-        for sequence, body in history.commits
-    ]
     if history.run is None or history.finish is None:
-        newest = f"its newest commit is of step {commits[-1]['step']}" if commits else "it has no commit"
-        raise Unavailable(f"{error} The run has not come to its end: {newest}; start it again to go on.") from None
+        if not isinstance(error, Unavailable):
+            raise error
+        newest = f"its newest commit is of step {history.commits[-1][1].attempt.step}" if history.commits else ""
+        raise Unavailable(
+            f"{error} The run has not come to its end: {newest or 'it has no commit'}; start it again to go on."
+        ) from None
     return {
         "run_id": history.run.run_id,
         "phase": Phase.OVER.value,
@@ -63,7 +64,7 @@ def _ended(storage: Storage, error: Unavailable) -> dict[str, Any]:
         "metrics": {},
         "nodes": [],
         "attempt": None,
-        "commits": commits,
+        "commits": commits(history),
         "interruptions": [],
         "exit_code": history.finish.exit_code,
         "summary": history.finish.summary,

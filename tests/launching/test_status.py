@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
+import threading
 from pathlib import Path
 
 from ftrain.errors import ExitCode
@@ -34,6 +36,17 @@ def test_of_a_run_that_has_ended_it_tells_how(cluster: Cluster) -> None:
     picture = json.loads(status(run_dir, "--json")[1])
     assert (picture["phase"], picture["step"], picture["exit_code"]) == ("over", 4, 0)
     assert [commit["step"] for commit in picture["commits"]][-1] == 4
+
+    # Another run's coordinator, or anything else, may be at its port by now.
+    found = json.loads((run_dir / "coordinator.json").read_text())
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        stranger.settimeout(60)
+        (run_dir / "coordinator.json").write_text(json.dumps({**found, "port": stranger.getsockname()[1]}))
+        answering = threading.Thread(target=lambda: stranger.accept()[0].sendall(b"220 smtp\r\n"))
+        answering.start()
+        code, text = status(run_dir)
+        answering.join()
+    assert code == 0 and "finished after step 4" in text, text
 
 
 def test_of_a_run_that_was_killed_it_tells_from_where_it_would_go_on(cluster: Cluster) -> None:
