@@ -23,11 +23,11 @@ from ftrain.errors import ExitCode, FtrainError
 from ftrain.storage.base import Effort
 from tests.checkpoint.ranks import together
 from tests.checkpoint.test_zarr_view import read_elsewhere, sha256
-from tests.storage.conftest import azurite, moto, store
+from tests.storage.conftest import azurite, moto, seaweedfs, store
 from tests.storage.servers import Server
 from tests.tools.runs import ckpt
 
-__all__ = ["azurite", "moto", "store"]
+__all__ = ["azurite", "moto", "seaweedfs", "store"]
 HERE = __name__
 
 
