@@ -52,10 +52,9 @@ def _ended(storage: Storage, error: FtrainError) -> dict[str, Any]:
     if history.run is None or history.finish is None:
         if not isinstance(error, Unavailable):
             raise error
-        newest = f"its newest commit is of step {history.commits[-1][1].attempt.step}" if history.commits else ""
-        raise Unavailable(
-            f"{error} The run has not come to its end: {newest or 'it has no commit'}; start it again to go on."
-        ) from None
+        steps = [body.attempt.step for _, body in history.commits]
+        newest = f"its newest commit is of step {steps[-1]}" if steps else "it has no commit"
+        raise Unavailable(f"{error} The run has not come to its end: {newest}; start it again to go on.") from None
     return {
         "run_id": history.run.run_id,
         "phase": Phase.OVER.value,
@@ -75,7 +74,7 @@ def _show(picture: dict[str, Any]) -> None:
     console = Console()
     metrics = "  ".join(f"{name} {number(value)}" for name, value in picture["metrics"].items())
     console.print(f"[bold]{picture['run_id']}[/]  {picture['phase']}  generation {picture['generation']}  {metrics}")
-    if picture["phase"] == Phase.OVER.value and "exit_code" in picture:
+    if "exit_code" in picture:  # it was read from the journal
         console.print(f"{picture['summary']} (exit code {picture['exit_code']})")
     ranks = Table("rank", "node", "pid", "steps", "phase", "stall")
     for node in picture["nodes"]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ftrain.checkpoint.state.source import TensorSource
-from ftrain.checkpoint.tools.describe import names_of
+from ftrain.checkpoint.tools.describe import names_of, owner
 from ftrain.checkpoint.tools.opening import Everything, Natural, natural
 from ftrain.checkpoint.tools.statistics import Statistics, slices
 from ftrain.checkpoint.tools.stream import pairs
@@ -122,7 +122,7 @@ def _place(number: int, width: int, part: torch.Tensor, offset: tuple[int, ...])
 
 
 def _order(change: Change, optimizers: Collection[str]) -> tuple[bool, bool, bool, float, Natural]:
-    is_of_optimizer = change.key.partition(".")[0] in optimizers
+    is_of_optimizer = owner(change.key, optimizers) != ""
     return not change.became_sick, change.is_same, is_of_optimizer, -change.relative, natural(change.key)
 
 

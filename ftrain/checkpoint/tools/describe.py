@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -49,7 +49,7 @@ def names_of(kind: str, checkpoint: Checkpoint) -> list[str]:
     return [name for name, plain in tracked_of(checkpoint).items() if kind_of(plain) == kind]
 
 
-def owner(key: str, names: Mapping[str, Any]) -> str:
+def owner(key: str, names: Collection[str]) -> str:
     """The name that a key belongs to; "" for what has none."""
     first = key.partition(".")[0]
     return first if first in names else ""
