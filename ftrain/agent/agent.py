@@ -417,7 +417,7 @@ class Agent:
     async def _host_store(self, generation: int) -> None:
         """A listening socket of ours, served by a process of its own: clients may connect before it serves."""
         with await self._listen_for_ranks(generation) as listening:
-            port = listening.getsockname()[1]
+            self._post(node.StoreUp(generation, self._state.hello.address, listening.getsockname()[1]))
             job = Job(
                 "function",
                 "ftrain.worker.store:host",
@@ -433,7 +433,6 @@ class Agent:
                 self._post(node.StoreDown(generation))
                 return
         self._stores[pid] = generation
-        self._post(node.StoreUp(generation, self._state.hello.address, port))
 
     async def _listen_for_ranks(self, generation: int) -> socket.socket:
         """On any free port, or on the one that was asked for once the store before has let it go."""

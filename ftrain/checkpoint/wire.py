@@ -7,6 +7,7 @@ from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import Work
 
 from ftrain import _native
 
@@ -39,11 +40,19 @@ class Wire:
         self.peer = peer
 
     def send(self, data: torch.Tensor) -> None:
-        self._group.send([data], self.peer, _TAG).wait()
+        self.begin_send(data).wait()
 
     def receive(self, data: torch.Tensor) -> None:
         """Fill the tensor, which is as long as what was sent."""
-        self._group.recv([data], self.peer, _TAG).wait()
+        self.begin_receive(data).wait()
+
+    def begin_send(self, data: torch.Tensor) -> Work:
+        """What is begun goes out in that order, and must not be changed until the work was waited for."""
+        return self._group.send([data], self.peer, _TAG)
+
+    def begin_receive(self, data: torch.Tensor) -> Work:
+        """What is begun is filled in that order."""
+        return self._group.recv([data], self.peer, _TAG)
 
     def send_bytes(self, data: bytes) -> None:
         """Send bytes of any length, as `receive_bytes` expects them."""

@@ -6,7 +6,7 @@ no way out of, `Unrecoverable` says so, and the process has to be started anew.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from ftrain.worker import groups
 Layout = list[list[int]]  # parameters by their number among those that DDP reduces, bucket by bucket
 
 
-def recover_modules(modules: Iterable[nn.Module], first_step: bool = False) -> None:
+def recover_modules(modules: Collection[nn.Module], first_step: bool = False) -> None:
     """Let these modules, and those inside, begin a new forward, wherever in a step the last one ended.
 
     Gradients are dropped, sharded parameters are sharded again, parameter values are left as they are. To be called
@@ -28,6 +28,7 @@ def recover_modules(modules: Iterable[nn.Module], first_step: bool = False) -> N
     run, in which DDP has not laid its buckets out yet. Raises `Unrecoverable`.
     """
     assert groups.is_local(), "no peer takes part in the recovery of a module"
+    check_recoverable(modules)
     for module in modules:
         with _private_names_of(module):
             for fsdp in _found(module, FSDPModule):
@@ -36,6 +37,13 @@ def recover_modules(modules: Iterable[nn.Module], first_step: bool = False) -> N
                 _recover_ddp(ddp, first_step)
         for parameter in module.parameters():
             parameter.grad = None
+
+
+def check_recoverable(modules: Iterable[nn.Module]) -> None:
+    """Raises `Unrecoverable` for what `recover_modules` has no way for, wherever in a step it is."""
+    for module in modules:
+        if any(ddp.static_graph for ddp in _found(module, DistributedDataParallel)):
+            raise Unrecoverable("DDP with static_graph=True keeps counts of its first iteration that a failure spoils")
 
 
 def settle_buckets(modules: Iterable[nn.Module]) -> None:
@@ -114,8 +122,6 @@ def _recover_fsdp(module: Any) -> None:
 
 def _recover_ddp(ddp: Any, first_step: bool) -> None:
     reducer = ddp.reducer
-    if ddp.static_graph:
-        raise Unrecoverable("DDP with static_graph=True keeps counts of its first iteration that a failure spoils")
     if ddp.find_unused_parameters:
         reducer._reset_state()  # it also forgets which parameters were used; such a DDP never lays out its buckets
     elif not ddp._has_rebuilt_buckets:

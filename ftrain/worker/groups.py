@@ -171,7 +171,7 @@ def _connect(store: Store, groups: list[SwappableGroup], generation: int) -> tup
         _check(generation)
 
     rank = dist.get_rank()
-    patient = PatientStore(store, groups[0].timeout, check)
+    patient = PatientStore(store, groups[0].timeout, check, ranks=dist.get_world_size())
     names = [group.getGroupName() for group in groups]
     patient.set(f"groups/{rank}", "\n".join([str(dist.distributed_c10d._world.group_count), *names]))
     told = patient.multi_get([f"groups/{one}" for one in range(dist.get_world_size())])

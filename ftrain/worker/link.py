@@ -141,10 +141,13 @@ class Link:
         """Let whoever waits in this process look again."""
         self.page.wake(Field.EVENT)
 
-    def halt(self, live: int) -> Recover:
-        """Say that this worker stands still, and wait for the generation that it goes on in."""
+    def halted(self, live: int) -> None:
+        """Say that this worker's state stands still: `live` is the step that it is of, -1 where it is of none."""
         self.enter(Phase.HALTED)
         self.say(local.WorkerHalted(self.generation, live, self.box.steps()))
+
+    def wait_recover(self) -> Recover:
+        """After `halted`: wait for the generation that this worker goes on in."""
         while True:
             packet = self._channel.recv(PACKET_BYTES_MAX)
             if not packet:

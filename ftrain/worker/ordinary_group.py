@@ -16,11 +16,12 @@ from torch.distributed.distributed_c10d import GroupName
 
 from ftrain.worker import gloo_sockets
 from ftrain.worker.local_group import LocalGroup
+from ftrain.worker.patience import wait_for
 
 # For the connections alone, made when all members are known to be there: it bounds how long a thread that was left
 # behind while it connected stays.
 CONNECT_TIMEOUT = timedelta(minutes=2)
-POLL_SECONDS_MAX = 0.05
+CHECK_SECONDS = 0.05
 
 T = TypeVar("T")
 Check = Callable[[], None]  # raises when what is under way has to be given up
@@ -30,7 +31,7 @@ def ordinary_group(
     store: Store, rank: int, size: int, timeout: timedelta, name: str, loopback: bool, check: Check = lambda: None
 ) -> ProcessGroup:
     """A plain ProcessGroup whose members meet in the store. `check` is called while it waits there, and may raise."""
-    patient = PatientStore(store, timeout, check)
+    patient = PatientStore(store, timeout, check, ranks=size)
     patient.set(f"arrived/{rank}", "")
     patient.wait([f"arrived/{one}" for one in range(size)])
     group = ProcessGroup(store, rank, size)
@@ -84,7 +85,7 @@ def beside(make: Callable[[], T], check: Check) -> T:
 
     threading.Thread(target=run, name="ftrain-connect", daemon=True).start()
     try:
-        while not ended.wait(POLL_SECONDS_MAX):
+        while not ended.wait(CHECK_SECONDS):
             check()
         check()
         if failed:
@@ -99,25 +100,25 @@ def beside(make: Callable[[], T], check: Check) -> T:
 class PatientStore(Store):
     """A store that waits by asking again and again, so that waiting can be given up and never blocks other users.
 
-    Raises what `check` raises, and `DistStoreError` after the timeout.
+    Raises what `check` raises, and `DistStoreError` after the timeout. As many `ranks` as it says ask at once.
     """
 
-    def __init__(self, store: Store, timeout: timedelta, check: Check) -> None:
+    def __init__(self, store: Store, timeout: timedelta, check: Check, ranks: int) -> None:
         super().__init__()
         self._store = store
         self._timeout = timeout
         self._check = check
+        self._ranks = ranks
 
     def wait(self, keys: Sequence[str], _timeout: timedelta | None = None) -> None:
-        asked = list(keys)
         deadline = time.monotonic() + self._timeout.total_seconds()
-        pause_seconds = 0.001
-        while not self._store.check(asked):
+
+        def look() -> None:
             self._check()
             if time.monotonic() > deadline:
-                raise dist.DistStoreError(f"waited {self._timeout} for peers that did not come ({asked[0]}, …)")
-            time.sleep(pause_seconds)
-            pause_seconds = min(2 * pause_seconds, POLL_SECONDS_MAX)
+                raise dist.DistStoreError(f"waited {self._timeout} for peers that did not come ({keys[0]}, …)")
+
+        wait_for(self._store, keys, look, self._ranks)
 
     def get(self, key: str) -> bytes:
         self.wait([key])

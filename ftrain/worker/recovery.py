@@ -102,9 +102,12 @@ class Recovery:
         groups.revoke(self._link.generation)
         if not self._boundary.live():
             self._live = -1
+        after_failure.check_recoverable(self._tracked.modules)
+        # What was lost is begun anew from here on, so the rest of the way to a standstill costs nobody time.
+        self._link.halted(self._live)
         groups.rehearse()
         after_failure.recover_modules(self._tracked.modules, first_step)
-        recover = self._link.halt(self._live)
+        recover = self._link.wait_recover()
         self._renewed.set()
         return recover
 
@@ -116,7 +119,7 @@ class Recovery:
 
     def newcomer(self, line: Line, store: Store) -> Coming:
         """The way of a process that was forked for this generation, in which others are alive. Raises `PeerLost`."""
-        wait_for(store, [LAYOUTS], self._link.check)
+        wait_for(store, [LAYOUTS], self._link.check, self._link.boot.world_size)
         layouts = msgspec.json.decode(store.get(LAYOUTS), type=list[list[list[int]] | None])
         after_failure.lay_out_buckets(self._tracked.modules, layouts)
         return self._coming(line, store)

@@ -156,4 +156,4 @@ class Snapshots:
             if armed is not None and time.monotonic() - began >= PATIENCE_SECONDS:
                 raise Unavailable(f"not all ranks came to plan {armed.attempt} within {PATIENCE_SECONDS:.0f} seconds")
 
-        wait_for(self._store, keys, look)
+        wait_for(self._store, keys, look, self._world_size)

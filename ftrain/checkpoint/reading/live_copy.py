@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import msgspec
 import torch
+from torch.distributed import Work
 
 from ftrain.checkpoint.exchange import encode_plain
 from ftrain.checkpoint.state.items import TensorItem
@@ -17,6 +19,8 @@ from ftrain.checkpoint.wire import Checksum, Wire, as_bytes, fill_from_bytes, ru
 from ftrain.core import plain as plain_data
 from ftrain.core.layout import Shard, local_shard
 from ftrain.errors import CorruptCheckpoint, FtrainError, MismatchedState
+
+AHEAD = 1  # runs that are sent and received while one before them is checked
 
 
 def shard_of(items: Sequence[TensorItem], rank: int) -> str:
@@ -111,11 +115,16 @@ def _send(tracked: Tracked, rank: int, target: int, wire: Wire) -> None:
 
 def _send_tensors(moving: Sequence[_Moving], wire: Wire) -> None:
     checksum = Checksum()
+    under_way: deque[Work] = deque()
     for run in runs(moving):
         parts = [as_bytes(one.local) for one in run]
         data = parts[0] if len(parts) == 1 else torch.cat(parts)
-        checksum.add(data)
-        wire.send(data)
+        under_way.append(wire.begin_send(data))
+        checksum.add(data)  # while it goes
+        if len(under_way) > AHEAD:
+            under_way.popleft().wait()
+    for work in under_way:
+        work.wait()
     wire.send_bytes(str(checksum.value).encode())
 
 
@@ -187,20 +196,34 @@ class _Replica:
         """Fill what `expect` found places for, which are those of `items`."""
         del items, rank, elsewhere
         checksum = Checksum()
+        under_way: deque[_Receiving] = deque()
         for run in runs(self._moving):
-            _receive_run(run, self._wire, checksum)
+            under_way.append(_Receiving(run, self._wire))
+            if len(under_way) > AHEAD:
+                under_way.popleft().finish(checksum)
+        for one in under_way:
+            one.finish(checksum)
         _check(checksum, self._wire)
 
 
-def _receive_run(run: Sequence[_Moving], wire: Wire, checksum: Checksum) -> None:
-    first = run[0].local.detach()
-    if len(run) == 1 and first.is_contiguous():
-        data = first.reshape(-1).view(torch.uint8)
-        wire.receive(data)
-        checksum.add(data)
-        return
-    data = torch.empty(sum(one.nbytes for one in run), dtype=torch.uint8, device=first.device)
-    wire.receive(data)
-    checksum.add(data)
-    for one, part in zip(run, torch.split(data, [one.nbytes for one in run]), strict=True):
-        fill_from_bytes(one.local, part)
+class _Receiving:
+    """A run on its way in: straight to where it belongs if it is one tensor that lies in one piece."""
+
+    def __init__(self, run: Sequence[_Moving], wire: Wire) -> None:
+        first = run[0].local.detach()
+        self._run = run
+        self._in_place = len(run) == 1 and first.is_contiguous()
+        self._data = (
+            first.reshape(-1).view(torch.uint8)
+            if self._in_place
+            else torch.empty(sum(one.nbytes for one in run), dtype=torch.uint8, device=first.device)
+        )
+        self._work = wire.begin_receive(self._data)
+
+    def finish(self, checksum: Checksum) -> None:
+        self._work.wait()
+        checksum.add(self._data)
+        if not self._in_place:
+            parts = torch.split(self._data, [one.nbytes for one in self._run])
+            for one, part in zip(self._run, parts, strict=True):
+                fill_from_bytes(one.local, part)
