@@ -10,7 +10,6 @@ not matter whether it comes before, in, or after the reform that it concerns.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
 from typing import Any
 
 import torch.distributed as dist
@@ -215,10 +214,10 @@ def _end_aborts(generation: int) -> None:
     _now.aborting.clear()
 
 
-def _let_go(groups: Iterable[Inner]) -> None:
-    """Destroy what nothing refers to any more, by a thread that is left behind where a destructor hangs."""
-    last = list(groups)
+def _let_go(groups: list[Inner]) -> None:
+    """Empty the list, by a thread that is left behind where a destructor hangs of what nothing else refers to."""
+    last = groups.copy()
+    groups.clear()
     thread = threading.Thread(target=last.clear, name="ftrain-let-go", daemon=True)
-    del groups
     thread.start()
     thread.join(LET_GO_SECONDS)

@@ -231,23 +231,30 @@ def _cut_runs(nbytes: int) -> None:
 
 
 def _turn_a_bit() -> None:
-    receive, broadcast = Wire.receive, dist.broadcast
+    begin_receive, broadcast = Wire.begin_receive, dist.broadcast
 
     def turned(tensor: torch.Tensor) -> None:
         if tensor.numel() > 100:
             tensor[50] ^= 1
 
-    def recv(wire: Wire, tensor: torch.Tensor) -> None:
-        receive(wire, tensor)
-        if tensor.dtype == torch.uint8 and tensor[:1].item() != ord("{"):  # data, not words
-            turned(tensor)
+    class Turning:
+        def __init__(self, work: dist.Work, tensor: torch.Tensor) -> None:
+            self._work, self._tensor = work, tensor
+
+        def wait(self) -> None:
+            self._work.wait()
+            if self._tensor.dtype == torch.uint8 and self._tensor[:1].item() != ord("{"):  # data, not words
+                turned(self._tensor)
+
+    def begin(wire: Wire, tensor: torch.Tensor) -> Any:
+        return Turning(begin_receive(wire, tensor), tensor)
 
     def cast(tensor: torch.Tensor, source: int) -> None:
         broadcast(tensor, source)
         if source != dist.get_rank():
             turned(tensor)
 
-    Wire.receive, dist.broadcast = recv, cast  # type: ignore[assignment,method-assign]
+    Wire.begin_receive, dist.broadcast = begin, cast  # type: ignore[assignment,method-assign]
 
 
 def _local(tensor: Any) -> Any:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
 
+from ftrain.worker import groups
+from ftrain.worker.local_group import LocalGroup
 from tests.worker.ranks import ranks
 
 MEETINGS = "tests.worker.group_meetings"
@@ -33,3 +36,23 @@ def test_module_without_a_way_out_is_refused(tmp_path: Path) -> None:
     assert "a peer has 2 DDP modules, this rank has 1" in said["other modules"][1]
     assert "not one of the 6 parameters" in said["other parameters"][1]
     assert "no such name in this torch" in said["a name"][1]
+
+
+def test_destructor_that_hangs_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gloo's joins threads, which may wait for a peer. The swap that lets a group go is done in time all the same."""
+    hangs, ends = threading.Event(), threading.Event()
+
+    class Group(LocalGroup):
+        def __del__(self) -> None:
+            hangs.set()
+            ends.wait(60)
+
+    monkeypatch.setattr(groups, "LET_GO_SECONDS", 0.05)
+    before = [Group(0, 1, "hanging")]
+    try:
+        groups._let_go(before)
+        assert hangs.is_set()
+        assert not before
+        assert not ends.is_set()
+    finally:
+        ends.set()
