@@ -1,8 +1,8 @@
 """When the next snapshot is due, at which step, and whether it is to be committed or only kept in memory.
 
 A step can only be armed before any rank has reached it. With a period in steps the step is known long ahead; with a
-period in seconds it is guessed a little ahead of the furthest rank, and further ahead each time the guess came too
-late.
+period in seconds it is guessed a little ahead of the furthest rank: twice as far each time the guess came too late,
+less far again with each snapshot that was taken.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 from ftrain.core.retention import RetentionPolicy
 
-LOOKAHEAD_MAX = 1 << 16
+LOOKAHEAD, LOOKAHEAD_MAX = 2, 1 << 16  # steps
+LOOKAHEAD_LESS = 8  # one of so many parts
 FAILED_PAUSES_SECONDS = (1.0, 5.0, 20.0, 60.0)
 
 
@@ -48,7 +49,7 @@ class Cadence:
     retry_at: float = 0.0  # no proposal of any kind before: the last one failed
     beyond: int = 0  # the next step must be greater
     put_off: int = 0  # the step of a commit that a snapshot came before
-    lookahead: int = 2
+    lookahead: int = LOOKAHEAD
     failures: int = 0  # failed attempts in a row
     last_tries: int = 0  # those of the run's last step
     cause: str = ""  # why the newest of them failed
@@ -124,7 +125,8 @@ def after_failure(cadence: Cadence, now: float, cause: str, last: bool = False) 
 
 def after_snapshot(policy: CheckpointPolicy, cadence: Cadence, now: float) -> Cadence:
     """All ranks have sealed a snapshot, for whatever purpose."""
-    return replace(cadence, snapshot_due=now + policy.snapshot_seconds)
+    less = cadence.lookahead - max(1, cadence.lookahead // LOOKAHEAD_LESS)
+    return replace(cadence, snapshot_due=now + policy.snapshot_seconds, lookahead=max(LOOKAHEAD, less))
 
 
 def after_hold(cadence: Cadence, step: int) -> Cadence:

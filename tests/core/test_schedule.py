@@ -62,6 +62,33 @@ def test_lookahead_has_a_bound() -> None:
     assert cadence.lookahead == schedule.LOOKAHEAD_MAX
 
 
+def test_lookahead_comes_down_again_with_each_snapshot_that_was_taken() -> None:
+    cadence, seen = Cadence(lookahead=16), []
+    for _ in range(16):
+        cadence = schedule.after_snapshot(STEPS, cadence, now=0.0)
+        seen.append(cadence.lookahead)
+    assert seen == sorted(seen, reverse=True)
+    assert seen[0] == 14
+    assert seen[-1] == schedule.LOOKAHEAD
+
+
+def test_guess_that_came_too_late_once_does_not_keep_snapshots_away_between_commits() -> None:
+    """A snapshot every step, a commit every fifth: after one refusal there was room for commits alone, for ever."""
+    policy = CheckpointPolicy(every_steps=5, every_seconds=0.0, snapshot_steps=1)
+    cadence, furthest, held = schedule.after_refusal(Cadence(), 6), 6, []
+    while furthest < 39:
+        found = schedule.next_proposal(policy, cadence, furthest, 0, now=1e9)
+        assert found is not None
+        furthest = found.step
+        cadence = schedule.after_snapshot(policy, cadence, now=0.0)
+        if found.persist:
+            cadence = schedule.after_commit(policy, cadence, furthest, now=0.0)
+        else:
+            cadence = schedule.after_hold(cadence, furthest)
+            held.append(furthest)
+    assert held[-6:] == [31, 32, 33, 36, 37, 38]  # what is nearer to a commit than arming takes is left out
+
+
 def test_policy_without_a_period_is_off() -> None:
     assert CheckpointPolicy(every_steps=0, every_seconds=0.0).off
     assert not STEPS.off
