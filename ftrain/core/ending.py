@@ -169,6 +169,9 @@ def judge(turn: Turn) -> None:
             leaving.close(turn, code, f"{text}\n{failure.traceback}".rstrip())
         case supervision.Restart(delay):
             turn.do(Interrupted(failure, state.number, remains.furthest(state)))
+            # A rank that comes back is alone at first, and scripts may not be made for that: not twice in a row.
+            came_alone = state.line is not None and not state.looping_since
+            turn.set(afresh=came_alone and failure.is_of_the_script)
             turn.enter(Phase.PAUSING, turn.now + delay)
 
 

@@ -35,7 +35,10 @@ def form(turn: Turn) -> None:
             if ending.waits_for_attempt(turn, found.nodes):
                 return  # whoever could have gone on without it is gone, too; its deadline bounds the wait
             if survivors and (
-                line is None or state.generation is None or not membership.same_places(state.generation, found)
+                state.afresh
+                or line is None
+                or state.generation is None
+                or not membership.same_places(state.generation, found)
             ):
                 ending.stop(turn, "nothing of it can go on in place")
             else:
@@ -91,6 +94,7 @@ def _begin(turn: Turn, generation: Generation, line: m.Line | None, survivors: f
         failure=None,
         judged=False,
         scrapped=False,
+        afresh=False,
         looping_since=0.0,
     )
     metrics.go_back(turn, line.step if line is not None else resume.attempt.step if resume is not None else 0, resume)

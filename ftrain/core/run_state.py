@@ -104,6 +104,7 @@ class State(msgspec.Struct, frozen=True):  # not a dataclass: it is replaced man
     hangs: int = 0  # that brought no new step, in a row
     hung_step: int = -1  # where the newest of them was
     hangs_due: float = 0.0  # when to look for one next
+    afresh: bool = False  # the next generation is one of new processes only
     scrapped: bool = False  # all workers of the present generation were told to stop
     judged: bool = False  # the failure that ended the present generation
     judged_commit: int = 0  # sequence number of the newest commit when a failure was last judged

@@ -69,6 +69,14 @@ class Failure:
     step: int = -1
     traceback: str = ""
     signature: str = ""  # equal for the same error; "" where equality says nothing
+    unrecoverable: bool = False  # a rank says that it cannot be brought round
+
+    @property
+    def is_of_the_script(self) -> bool:
+        """Rather than of a machine, or of somebody who kills: what runs into it once, alone, does so again."""
+        return self.unrecoverable or (
+            self.kind in (FailureClass.EXCEPTION, FailureClass.EXIT_CODE) and bool(self.signature)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +167,8 @@ def explain(node: str, exit: RankExit) -> Failure:
         headline = error.message.strip().splitlines()[0] if error.message.strip() else ""
         summary = f"{who} raised {error.type}{': ' + headline if headline else ''}{at}"
         signature = "" if is_echo(exit) else f"{error.type}|{error.where}|{headline}|{exit.step}"
-        return Failure(kind, node, summary, exit.rank, exit.step, error.traceback, signature)
+        unrecoverable = error.type.endswith("Unrecoverable")
+        return Failure(kind, node, summary, exit.rank, exit.step, error.traceback, signature, unrecoverable)
     if exit.signal:
         name = SIGNAL_NAMES.get(exit.signal, f"signal {exit.signal}")
         return Failure(FailureClass.SIGNAL, node, f"{who} was killed by {name}{at}", exit.rank, exit.step)

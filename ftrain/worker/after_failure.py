@@ -11,11 +11,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from ftrain.errors import Unrecoverable
 from ftrain.worker import groups
+
+# Of gradients that are zero they make zeros, and remember nothing.
+HARMLESS_HOOKS = (default_hooks.allreduce_hook, default_hooks.fp16_compress_hook, default_hooks.bf16_compress_hook)
 
 Layout = list[list[int]]  # parameters by their number among those that DDP reduces, bucket by bucket
 
@@ -42,8 +46,14 @@ def recover_modules(modules: Collection[nn.Module], first_step: bool = False) ->
 def check_recoverable(modules: Iterable[nn.Module]) -> None:
     """Raises `Unrecoverable` for what `recover_modules` has no way for, wherever in a step it is."""
     for module in modules:
-        if any(ddp.static_graph for ddp in _found(module, DistributedDataParallel)):
-            raise Unrecoverable("DDP with static_graph=True keeps counts of its first iteration that a failure spoils")
+        with _private_names_of(module):
+            for ddp in _found(module, DistributedDataParallel):
+                if ddp.static_graph:
+                    raise Unrecoverable(
+                        "DDP with static_graph=True keeps counts of its first iteration that a failure spoils"
+                    )
+                if _has_lost_its_layout(ddp):
+                    _check_layable(ddp)
 
 
 def settle_buckets(modules: Iterable[nn.Module]) -> None:
@@ -129,11 +139,24 @@ def _recover_ddp(ddp: Any, first_step: bool) -> None:
             reducer._reset_state()
         elif reducer._rebuild_buckets():  # the failure came between the first iteration and the second's broadcast
             ddp._has_rebuilt_buckets = True
-    elif not _finished(reducer):
+    elif _has_lost_its_layout(ddp):
         # Only a reset ends the backward that was begun, but it would also lay the buckets out once more, with peers.
         layout = _layout(ddp)
         reducer._reset_state()
         _lay_out(ddp, layout)
+
+
+def _has_lost_its_layout(ddp: Any) -> bool:
+    """Whether it has to be given its buckets anew: nothing but a reset ends the backward that it is in."""
+    return not ddp.find_unused_parameters and ddp._has_rebuilt_buckets and not _finished(ddp.reducer)
+
+
+def _check_layable(ddp: Any) -> None:
+    if ddp.mixed_precision is not None or any(hook not in HARMLESS_HOOKS for hook, _ in ddp._comm_hooks):
+        raise Unrecoverable(
+            "DDP with mixed_precision, or with a communication hook that may remember what it has seen, would run it "
+            "on gradients of zero"
+        )
 
 
 def _finished(reducer: Any) -> bool:
@@ -170,8 +193,7 @@ def _lay_out(ddp: Any, layout: Layout) -> None:
     parameters = _reduced(ddp)
     if sorted(number for bucket in layout for number in bucket) != list(range(len(parameters))):
         raise Unrecoverable(f"the layout of a peer is not one of the {len(parameters)} parameters of this DDP module")
-    if ddp.mixed_precision is not None or ddp._comm_hooks:
-        raise Unrecoverable("DDP with mixed_precision or a communication hook would run it on gradients of zero")
+    _check_layable(ddp)
 
     def begin(_gradient: torch.Tensor) -> None:
         for bucket in layout:

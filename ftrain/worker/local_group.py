@@ -18,7 +18,7 @@ from torch.distributed import HashStore, ProcessGroup
 from torch.distributed.distributed_c10d import GroupName
 from torch.futures import Future
 
-from ftrain.errors import UsageError
+from ftrain.errors import Unrecoverable
 
 Tensors = list[torch.Tensor]
 
@@ -66,7 +66,7 @@ class LocalGroup:
     def broadcast(self, tensors: Any, root: Any = 0, *_options: Any, **_named: Any) -> Work:
         root_rank = getattr(root, "rootRank", root)
         if root_rank != self._rank and _asked_by("broadcast_object_list"):
-            raise UsageError(  # or it would decode an object from memory that nobody has filled
+            raise Unrecoverable(  # or it would decode an object from memory that nobody has filled
                 f"broadcast_object_list: rank {self._rank} was started anew and has not met rank {root_rank} of its "
                 "group yet, so it cannot have that rank's object; take it from a file or the environment instead"
             )

@@ -363,3 +363,23 @@ def test_worker_that_was_held_for_a_coordinator_that_is_gone_goes_on() -> None:
     scene.do(node.Armed(ATTEMPT, True, 4))
     lines = scene.say(m.Arm(1, m.Attempt(1, 20, 2)))
     assert lines == ["verdict go on", "arm 20 slot 1"]
+
+
+def test_script_that_raises_on_the_way_back_is_begun_anew_with_new_processes_only() -> None:
+    """A rank that comes back alone would raise again, and again, until the run was given up."""
+    scene = in_loop(Scene().started(), 8)
+    scene.report("a", exits=(dead("a", 8, (7, 8)),), stopped=True)
+    assert "continues at 8 from live, 1 kept, 1 new" in halted(scene, "b", 8)
+    scene.stored()
+    scene.say("a", m.StoreReady(2, "10.0.0.1", 29400))
+    error = m.ErrorReport("ftrain.errors.Unrecoverable", "a hook", "", "ddp.py:7", scene.now)
+    newcomer = m.RankExit(0, 0, 7, 1, 0, -1, int(Phase.JOINED), error, scene.now, kept=(7, 8), shard="all")
+    scene.report("a", exits=(newcomer,), stopped=True)
+    halted(scene, "b", 8)
+    lines = scene.wait(5.0)
+    assert not any(line.startswith("continues") for line in lines)
+    assert {"a <- Stop 2", "b <- Stop 2"} <= set(lines)
+    lines = scene.report("b", stopped=True)
+    assert any("0 kept, 2 new" in line for line in lines), lines
+    assert not scene.state.survivors
+    assert not scene.state.afresh

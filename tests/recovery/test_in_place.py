@@ -90,3 +90,20 @@ def test_run_is_hurt_again_and_again_and_one_process_sees_it_all(cluster: Cluste
     job, told = compare(cluster, "ddp", injuries, flags=("--snapshot-every", 1), more=LAYER)
     assert told.count("going on in place") == len(injuries), told
     assert len(pids(job, 0)) == 1
+
+
+def test_communication_hook_that_remembers_nothing_is_recovered_in_place(cluster: Cluster) -> None:
+    injuries = [killed("at the boundary", 1, 5), killed("forward", 0, 11), killed("step", 1, 17)]
+    _, told = compare(cluster, "ddp", injuries, flags=("--snapshot-every", "off"), more=(*LAYER, "--hook", "half"))
+    assert told.count("from living ranks; 0 finished step(s) to redo") == 3, told
+
+
+@pytest.mark.parametrize("more", [("--hook", "own"), ("--told",)], ids=["hook", "object"])
+def test_script_whose_ranks_cannot_come_back_alone_is_begun_anew_as_a_whole(
+    cluster: Cluster, more: tuple[str, ...]
+) -> None:
+    """The rank that starts says so, and that is tried once: the run used to give up after the kill."""
+    job, told = compare(cluster, "ddp", [killed("at the boundary", 1, 8)], every=3, more=(*LAYER, *more))
+    assert told.count("going on in place") == 1, told
+    assert told.count("starting again from step") == 1, told
+    assert len(pids(job, 0)) == 2

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
@@ -248,6 +249,15 @@ def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tens
     return [tensor for parameter in model.parameters() for tensor in (parameter, *optimizer.state[parameter].values())]
 
 
+def averaged(_state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """A communication hook of the user's own. What such a one remembers nobody knows."""
+    work = dist.all_reduce(bucket.buffer().div_(dist.get_world_size()), async_op=True)
+    return work.get_future().then(lambda done: done.value()[0])
+
+
+averaged.__annotations__.clear()  # torch compares them with its types, and these are names
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
@@ -256,6 +266,8 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--norm", choices=("batch", "layer"), default="batch", help="batch: with buffers")
     parser.add_argument("--pause", type=float, default=0.03, help="seconds in each step")
+    parser.add_argument("--hook", choices=("", "half", "own"), default="", help="DDP's communication hook")
+    parser.add_argument("--told", action="store_true", help="rank 0 tells the others something first, as an object")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
 
@@ -270,6 +282,12 @@ def main() -> None:
         fully_shard(model)
     else:
         model = DistributedDataParallel(model)
+        if args.hook:
+            model.register_comm_hook(None, {"half": default_hooks.fp16_compress_hook, "own": averaged}[args.hook])
+    if args.told:
+        told = ["a name" if run.rank == 0 else None]
+        dist.broadcast_object_list(told, src=0)
+        assert told == ["a name"]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 7)
     torch.manual_seed(2 + run.rank)
