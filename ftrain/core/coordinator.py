@@ -86,6 +86,7 @@ def step(state: State, event: Event, now: float, wall: float = 0.0) -> tuple[Sta
         case Tick():
             pass
     _expire(turn)
+    _doubt(turn)
     _advance(turn)
     return turn.state, tuple(turn.actions)
 
@@ -198,6 +199,18 @@ def _cut_off(turn: Turn) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- generations
+
+
+def _doubt(turn: Turn) -> None:
+    """A node that has obeyed a later coordinator obeys this one no more: is that one's record in the journal?
+
+    Whoever commits nothing writes nothing, and would never notice.
+    """
+    state = turn.state
+    later = any(node.connected and node.hello.term_seen > state.term > 0 for node in state.nodes.values())
+    if later and turn.now >= state.probe_at:
+        turn.set(probe_at=turn.now + state.policy.lease_seconds)
+        turn.record(journal.Probe())
 
 
 def _advance(turn: Turn) -> None:

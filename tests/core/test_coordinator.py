@@ -9,7 +9,7 @@ from ftrain.core import messages as m
 from ftrain.core.journal import Outcome
 from ftrain.core.run_state import Disconnected, Phase, Received, Stored
 from ftrain.errors import ExitCode
-from tests.core.scene import NODES, Scene, successor
+from tests.core.scene import NODES, POLICY, Scene, successor
 
 # ------------------------------------------------------------------------------------------------------------- launch
 
@@ -268,3 +268,27 @@ def test_node_of_another_run_is_declined_and_forgotten() -> None:
     stranger = m.Hello("x", -1, 1, "10.0.0.9", "x", 1, "another", "job", "1", 0)
     assert scene.do(Received("x", stranger)) == [f"x <- Declined {int(ExitCode.USAGE)}"]
     assert "x" not in scene.state.nodes
+
+
+def test_coordinator_that_nodes_obey_no_more_looks_for_a_later_one_and_ends() -> None:
+    """The later one is dead, so nobody else tells it; and it commits nothing, so it writes nothing."""
+    scene = Scene().started()
+    for _ in range(2):
+        scene.hello("b", term_seen=9)
+    (read,) = [one for one in scene.requests if isinstance(one, journal.Read)]  # no more than one in a lease's time
+    scene.requests.clear()
+    scene.do(Stored(journal.ReadBack(read.path, None)))
+    assert scene.state.phase is run_state.Phase.RUNNING
+    for _ in range(2):
+        scene.wait(0.6 * POLICY.lease_seconds)
+        scene.hello("a")
+        scene.hello("b", term_seen=9)
+    (read,) = [one for one in scene.requests if isinstance(one, journal.Read)]
+    scene.do(Stored(journal.ReadBack(read.path, b"of another")))
+    assert scene.state.phase is run_state.Phase.OVER
+
+
+def test_coordinator_of_the_newest_term_that_nodes_have_seen_looks_for_nobody() -> None:
+    scene = Scene().started()
+    scene.hello("b", term_seen=scene.state.term)
+    assert not [one for one in scene.requests if isinstance(one, journal.Read)]
