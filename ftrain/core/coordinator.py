@@ -202,13 +202,16 @@ def _cut_off(turn: Turn) -> None:
 
 
 def _doubt(turn: Turn) -> None:
-    """A node that has obeyed a later coordinator obeys this one no more: is that one's record in the journal?
+    """A node that has obeyed a later coordinator, or is in a later generation: is it another's run by the journal?
 
     Whoever commits nothing writes nothing, and would never notice.
     """
     state = turn.state
-    later = any(node.connected and node.hello.term_seen > state.term > 0 for node in state.nodes.values())
-    if later and turn.now >= state.probe_at:
+    nodes = [node for node in state.nodes.values() if node.connected]
+    reports = [state.reports[node.name] for node in nodes if node.name in state.reports]
+    later = any(node.hello.term_seen > state.term for node in nodes)
+    later = later or any(report.generation > state.number for report in reports)
+    if state.term and later and turn.now >= state.probe_at:
         turn.set(probe_at=turn.now + state.policy.lease_seconds)
         turn.record(journal.Probe())
 

@@ -292,3 +292,9 @@ def test_coordinator_of_the_newest_term_that_nodes_have_seen_looks_for_nobody() 
     scene = Scene().started()
     scene.hello("b", term_seen=scene.state.term)
     assert not [one for one in scene.requests if isinstance(one, journal.Read)]
+
+
+def test_coordinator_whose_node_is_in_a_later_generation_looks_for_who_began_it() -> None:
+    scene = Scene().started()
+    scene.hello("b", m.Report(9, scene.state.number + 1, True))
+    assert [one for one in scene.requests if isinstance(one, journal.Read)]
