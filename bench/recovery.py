@@ -194,7 +194,9 @@ def main() -> None:
         "--calm", type=float, default=0.0, help="wait so many seconds for others to leave the machine idle"
     )
     parser.add_argument("--checkpoint-every", type=int, default=5, help="steps")
-    parser.add_argument("--snapshot-every", default="10s", help="ftrain's snapshots in memory: steps, 10s or off")
+    parser.add_argument(
+        "--snapshot-every", default="auto", help="ftrain's snapshots in memory: steps, 10s, auto or off"
+    )
     parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--width", type=int, default=512)

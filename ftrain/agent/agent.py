@@ -371,6 +371,7 @@ class Agent:
             resume=start.resume,
             loopback=self._spec.topology.loopback,
             line=start.line,
+            slots=start.slots,
         )
         job = Job(
             program.kind,

@@ -20,7 +20,7 @@ from ftrain.checkpoint.staging.black_box import BlackBox
 from ftrain.control.secret import Secret
 from ftrain.core import messages as m
 from ftrain.core.manifest import INDEX_BYTES_MAX
-from ftrain.core.node_attempts import SLOTS
+from ftrain.core.node_state import SLOTS_MIN
 from ftrain.errors import OutOfMemory, PeerLost, ProtocolError
 
 SILENCE_SECONDS = 10.0  # of a keeper that was asked for something
@@ -109,7 +109,7 @@ async def _fetch_snapshot(
         raise ProtocolError(f"{keeper.where} announced an index of {announced.index_bytes} bytes")
     arena, image_bytes = memory.arena, announced.image_bytes
     # Taking and touching memory takes its time.
-    await asyncio.to_thread(arena.reserve, SLOTS, image_bytes, announced.index_bytes, 0)
+    await asyncio.to_thread(arena.reserve, SLOTS_MIN, image_bytes, announced.index_bytes, 0)
     index = bytearray()
     arrived_bytes = 0
     while not isinstance((answer := await _answer(keeper))[0], wire.Done):

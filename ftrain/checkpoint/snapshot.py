@@ -14,12 +14,12 @@ from ftrain.checkpoint.staging.stage import StagePlan, Stager, Staging
 from ftrain.checkpoint.state.items import TensorItem, written_of
 from ftrain.checkpoint.writing.agreement import refuse_twice
 from ftrain.checkpoint.writing.pack_plan import CleanSlots, PackPlan
-from ftrain.core.layout import TensorSpec, WriteItem, describe, image_of, whole, write_plan
+from ftrain.core.layout import TensorSpec, WriteItem, describe, has_only_replicas, image_of, whole, write_plan
 from ftrain.core.messages import Attempt
-from ftrain.errors import MismatchedState, ProtocolError
+from ftrain.errors import MismatchedState, OutOfMemory, ProtocolError
 
 log = logging.getLogger("ftrain.snapshot")
-SLOTS = 2  # one sealed and being persisted, one being filled
+SLOTS_MIN = 2  # one sealed and being persisted, one being filled
 INDEX_SLACK_BYTES = 256 << 10
 PRIVATE_SLACK_BYTES = 256 << 10
 
@@ -43,7 +43,8 @@ class _Ready:
 class Snapshotter:
     """Fills slots of this rank's arena. `exchange` gives every rank the bytes that each gave, by rank: a collective.
 
-    `bytes_max` bounds the arena (0: by the host's memory only); `threads` copy at a time.
+    `bytes_max` bounds the arena (0: by the host's memory only); `slots` is how many it is to have where some of the
+    state is held by one rank only; `threads` copy at a time.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Snapshotter:
         world_size: int,
         exchange: Callable[[bytes], list[bytes]],
         bytes_max: int,
+        slots: int = SLOTS_MIN,
         threads: int = 1,
     ) -> None:
         self._arena = arena
@@ -60,6 +62,7 @@ class Snapshotter:
         self._world_size = world_size
         self._exchange = exchange
         self._bytes_max = bytes_max
+        self._slots_wanted = slots
         self._stager = Stager(threads)
         self._shared: Mapping[str, TensorSpec] | None = None
         self._written: tuple[WriteItem, ...] = ()
@@ -82,7 +85,10 @@ class Snapshotter:
         index = pack.encode(pack.index(Attempt(0, 0, 0), encode_plain(plain or {})))
         private = sum(write.nbytes for write in pack.writes if write.spec.private)
         room = image_of(pack.layout.payload_bytes + private // 4 + PRIVATE_SLACK_BYTES)[-1]
-        self._arena.reserve(SLOTS, room, _with_slack(index), self._bytes_max)
+        slots = SLOTS_MIN
+        if self._slots_wanted > slots and not has_only_replicas(everybody):
+            slots = self._slots_wanted
+        self._reserve(slots, room, _with_slack(index))
         images = [self._arena.image(slot) for slot in range(self._arena.slots)]
         if hindrance := self._stager.pin(images, [item.local for item in items]):
             log.warning("snapshots of what is on the GPU are slower than they could be: %s", hindrance)
@@ -112,6 +118,18 @@ class Snapshotter:
             return staging
 
         return finish
+
+    @property
+    def slots(self) -> int:
+        """How many snapshots the arena has memory for."""
+        return self._arena.slots
+
+    def _reserve(self, slots: int, image_bytes: int, index_bytes: int) -> None:
+        self._arena.reserve(SLOTS_MIN, image_bytes, index_bytes, self._bytes_max)
+        try:
+            self._arena.reserve(slots, image_bytes, index_bytes, self._bytes_max)
+        except OutOfMemory as error:
+            log.warning("snapshots in memory are less frequent than they could be: no slot more, %s", error)
 
     def _prepare(self, items: Sequence[TensorItem]) -> _Ready:
         """What to write and what to copy for these items: made anew only where they are not those of last time."""

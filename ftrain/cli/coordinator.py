@@ -38,7 +38,7 @@ def coordinator(
     rdzv_id: Annotated[str, typer.Option("--rdzv-id", "--rdzv_id", help="Name of the run.")] = DEFAULT_RUN_ID,
     max_restarts: Annotated[int | None, typer.Option("--max-restarts", "--max_restarts", help="As in launch.")] = None,
     checkpoint_every: Annotated[str, typer.Option("--checkpoint-every", help="As in launch.")] = "60s",
-    snapshot_every: Annotated[str, typer.Option("--snapshot-every", help="As in launch.")] = "10s",
+    snapshot_every: Annotated[str, typer.Option("--snapshot-every", help="As in launch.")] = "auto",
     keep: Annotated[int, typer.Option("--keep", help="As in launch.")] = 2,
     keep_every: Annotated[str, typer.Option("--keep-every", help="As in launch.")] = "off",
     keep_best: Annotated[list[str] | None, typer.Option("--keep-best", help="As in launch.")] = None,

@@ -99,8 +99,13 @@ def launch(
         str, typer.Option("--checkpoint-every", help="Steps (100), time (30s, 5m), or off.")
     ] = "60s",
     snapshot_every: Annotated[
-        str, typer.Option("--snapshot-every", help="In memory, between commits: steps (10), time (10s), or off.")
-    ] = "10s",
+        str,
+        typer.Option(
+            "--snapshot-every",
+            help="In memory, between commits: steps (10), time (10s), off, or auto: each step where that costs little "
+            "and a rank has no replica.",
+        ),
+    ] = "auto",
     keep: Annotated[int, typer.Option("--keep", help="So many of the newest commits stay.")] = 2,
     keep_every: Annotated[
         str, typer.Option("--keep-every", help="One commit stays every so often: steps (1000), time (6h), or off.")

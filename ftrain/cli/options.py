@@ -20,6 +20,7 @@ from ftrain.storage.opening import is_url, open_storage
 
 DEFAULT_PORT = 29500  # torchrun's
 RESOLVE_SECONDS = 1.0
+SNAPSHOTS_OF_REPLICAS = "10s"  # where `--snapshot-every` is auto
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -134,8 +135,11 @@ def switch(text: str, flag: str) -> bool:
 def checkpoints(every: str, snapshot_every: str, keep: RetentionPolicy) -> CheckpointPolicy:
     """Both periods are `100` (steps), `30s`, `5m`, `1h`, or `off`."""
     steps, seconds_ = _period(every, "--checkpoint-every")
-    snapshot_steps, snapshot_seconds = _period(snapshot_every, "--snapshot-every")
-    return CheckpointPolicy(steps, seconds_, keep, snapshot_steps=snapshot_steps, snapshot_seconds=snapshot_seconds)
+    auto = snapshot_every == "auto"
+    snapshot_steps, snapshot_seconds = _period(SNAPSHOTS_OF_REPLICAS if auto else snapshot_every, "--snapshot-every")
+    return CheckpointPolicy(
+        steps, seconds_, keep, snapshot_steps=snapshot_steps, snapshot_seconds=snapshot_seconds, snapshot_auto=auto
+    )
 
 
 def retention(last: int, every: str, best: Sequence[str]) -> RetentionPolicy:

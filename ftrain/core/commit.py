@@ -39,6 +39,8 @@ class Barrier:
     ranks: frozenset[int]
     hold: bool = False  # workers wait at the boundary for a verdict
     persist: bool = True  # False: it is over once it is sealed
+    copied: bool = True  # to other nodes
+    stays: tuple[Attempt, ...] = ()  # snapshots whose slots are not to be taken for it
     stage: Stage = Stage.PROPOSED
     accepted: frozenset[str] = frozenset()
     sealed: frozenset[int] = frozenset()

@@ -100,7 +100,7 @@ def _begin(turn: Turn, generation: Generation, line: m.Line | None, survivors: f
     metrics.go_back(turn, line.step if line is not None else resume.attempt.step if resume is not None else 0, resume)
     if line is None:
         cadence = Cadence(due=turn.now + policy.every_seconds, snapshot_due=turn.now + policy.snapshot_seconds)
-        turn.set(attempts=0, cadence=cadence, held=None)
+        turn.set(attempts=0, cadence=cadence, held=None, copying=None)
     else:
         # What failed with the generation before says nothing about this one.
         turn.set(cadence=replace(state.cadence, retry_at=0.0, failures=0))

@@ -212,6 +212,16 @@ def write_plan(specs_by_rank: Sequence[Sequence[TensorSpec]]) -> tuple[tuple[Wri
     return tuple(_in_order(items, specs) for items, specs in zip(plan, specs_by_rank, strict=True))
 
 
+def has_only_replicas(specs_by_rank: Sequence[Sequence[TensorSpec]]) -> bool:
+    """Whether two ranks at least hold each box of what ranks share."""
+    shared: dict[str, list[tuple[TensorSpec, tuple[int, ...]]]] = {}
+    for specs, ranks in _by_content(specs_by_rank):
+        for spec in specs:
+            if not spec.private:
+                shared.setdefault(spec.key, []).append((spec, ranks))
+    return all(len(holders) > 1 for named in shared.values() for holders in _holders(named).values())
+
+
 def _by_content(
     specs_by_rank: Sequence[Sequence[TensorSpec]],
 ) -> Iterable[tuple[Sequence[TensorSpec], tuple[int, ...]]]:

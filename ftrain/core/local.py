@@ -36,6 +36,7 @@ class Boot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     resume: Resume | None  # the commit to start from, None for the beginning
     loopback: bool = False  # all nodes of the run are on this host: groups bind to loopback only
     line: Line | None = None  # other ranks are alive, and this is what all go on from
+    slots: int = 2  # as `messages.Start` has it
 
 
 class Recover(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -66,6 +67,7 @@ class WorkerPlanned(msgspec.Struct, frozen=True, tag="planned", tag_field="kind"
 
     shard: Name
     replays: bool
+    slots: int = 2
 
 
 class WorkerHalted(msgspec.Struct, frozen=True, tag="halted", tag_field="kind", forbid_unknown_fields=True):
@@ -79,6 +81,7 @@ class WorkerHalted(msgspec.Struct, frozen=True, tag="halted", tag_field="kind", 
 class WorkerSealed(msgspec.Struct, frozen=True, tag="sealed", tag_field="kind", forbid_unknown_fields=True):
     number: int  # of the attempt
     stall_seconds: float
+    staging_seconds: float = 0.0
 
 
 class WorkerSealFailed(msgspec.Struct, frozen=True, tag="seal_failed", tag_field="kind", forbid_unknown_fields=True):

@@ -126,6 +126,7 @@ class RunningRank(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shard: Name = ""  # equal for ranks that are replicas of each other; "" until it has planned a snapshot
     replays: bool = False  # doing a step again by itself gives its private state of the step's end
     progress: Progress | None = None  # None until its agent has looked
+    slots: Count = 0  # of its arena; 0 until it has planned a snapshot
 
 
 class Kept(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -221,6 +222,8 @@ class ArmReply(msgspec.Struct, frozen=True, tag="arm_reply", tag_field="kind", f
 class Sealed(msgspec.Struct, frozen=True, tag="sealed", tag_field="kind", forbid_unknown_fields=True):
     attempt: Attempt
     rank: Count
+    stall_seconds: float = 0.0  # what it held the training thread for
+    staging_seconds: float = 0.0  # from its boundary until it was sealed
 
 
 class Prepared(msgspec.Struct, frozen=True, tag="prepared", tag_field="kind", forbid_unknown_fields=True):
@@ -340,6 +343,7 @@ class Start(msgspec.Struct, frozen=True, tag="start", tag_field="kind", forbid_u
     survivors: tuple[Count, ...] = ()  # of this node
     keeper: Peer | None = None  # the node that is to have copies of what this one's ranks go on from
     fetch: Fetch | None = None
+    slots: Count = 2  # how many snapshots there is to be memory for, where some of it no other rank has
 
 
 class Prepare(msgspec.Struct, frozen=True, tag="prepare", tag_field="kind", forbid_unknown_fields=True):
@@ -384,7 +388,7 @@ class Arm(msgspec.Struct, frozen=True, tag="arm", tag_field="kind", forbid_unkno
     attempt: Attempt
     hold: bool = False
     persist: bool = True  # False: it stays in the arenas
-    line: Attempt | None = None  # the newest snapshot that all ranks have sealed: its slot must stay as it is
+    stays: Annotated[tuple[Attempt, ...], msgspec.Meta(max_length=4)] = ()  # snapshots whose slots stay as they are
     copied: bool = True  # to the node's keeper; not needed where living replicas on other nodes have all of it
     base: Attempt | None = None  # the commit whose packs may be referred to, for what has not changed since
 

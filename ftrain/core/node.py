@@ -367,8 +367,8 @@ def _worker_said(turn: Turn, rank: int, message: local.FromWorker) -> None:
             turn.worker(rank, looping=message, looped=True)
             if all(worker.looping for worker in turn.state.workers.values()):
                 turn.changed()
-        case local.WorkerPlanned(shard, replays):
-            turn.worker(rank, shard=shard, replays=replays)
+        case local.WorkerPlanned(shard, replays, slots):
+            turn.worker(rank, shard=shard, replays=replays, slots=slots)
         case local.WorkerHalted(generation):
             if generation == state.workers[rank].generation:
                 turn.worker(rank, halted=message, looping=None)
@@ -378,8 +378,8 @@ def _worker_said(turn: Turn, rank: int, message: local.FromWorker) -> None:
             turn.worker(rank, at_end=True)
             if all(worker.at_end for worker in turn.state.workers.values()):
                 turn.changed()
-        case local.WorkerSealed(number, stall_seconds):
-            turn.worker(rank, stall_seconds=stall_seconds)
+        case local.WorkerSealed(number, stall_seconds, staging_seconds):
+            turn.worker(rank, stall_seconds=stall_seconds, staging_seconds=staging_seconds)
             node_attempts.unfill(turn, rank)
             if snapshot is not None and snapshot.attempt.number == number and rank not in snapshot.sealed:
                 node_attempts.sealed(turn, snapshot, rank)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 from ftrain.core import messages as m
 from ftrain.core.node_state import (
+    SLOTS_MIN,
     Armed,
     ArmPages,
     CancelPersist,
@@ -17,8 +19,6 @@ from ftrain.core.node_state import (
     Turn,
 )
 from ftrain.core.page import Phase
-
-SLOTS = 2
 
 
 def arm(turn: Turn, message: m.Arm) -> None:
@@ -38,10 +38,11 @@ def arm(turn: Turn, message: m.Arm) -> None:
         turn.do(SetVerdict(snapshot.attempt, False, ranks_of(state)))
     busy = {*(slot for _, slot in state.filling.values()), *state.writing.values()}
     # What the run would go on from stays as it is until there is something newer.
-    busy |= {slot for slot, held in state.held.items() if held == message.line}
+    busy |= {slot for slot, held in state.held.items() if held in message.stays}
     if snapshot is not None and len(snapshot.sealed) < len(state.workers):
         busy.add(snapshot.slot)
-    free = [slot for slot in range(SLOTS) if slot not in busy]
+    slots = min((worker.slots for worker in state.workers.values() if worker.slots), default=SLOTS_MIN)
+    free = sorted((slot for slot in range(slots) if slot not in busy), key=partial(_worth, state))
     looping = all(worker.looping for worker in state.workers.values())
     if state.stopping or state.halting or len(state.alive) != len(state.workers) or not looping:
         turn.send(m.ArmReply(attempt, False, -1, "not all of its workers are in their loop"))
@@ -53,6 +54,11 @@ def arm(turn: Turn, message: m.Arm) -> None:
         snapshot = Snapshot(attempt, free[0], message.hold, message.persist, message.copied, message.base)
         turn.set(snapshot=snapshot, held=held, copied=copied)
         turn.do(ArmPages(attempt, free[0], message.hold, ranks_of(state)))
+
+
+def _worth(state: State, slot: int) -> tuple[bool, int]:
+    """How much what the slot holds could still be of use: first whether it is being copied, then its step."""
+    return slot in state.copied, state.held[slot].step if slot in state.held else -1
 
 
 def armed(turn: Turn, event: Armed) -> None:
@@ -110,7 +116,7 @@ def repeat(turn: Turn) -> None:
         return
     turn.send(m.ArmReply(snapshot.attempt, True))
     for rank in sorted(snapshot.sealed):
-        turn.send(m.Sealed(snapshot.attempt, rank))
+        turn.send(_sealed(turn.state, snapshot, rank))
     for pack in snapshot.packs:
         turn.send(m.Prepared(snapshot.attempt, pack))
     for failure in snapshot.failures:
@@ -124,10 +130,15 @@ def sealed(turn: Turn, snapshot: Snapshot, rank: int) -> None:
         turn.set(held={**turn.state.held, snapshot.slot: snapshot.attempt})
         if snapshot.copied:
             turn.set(copied={**turn.state.copied, snapshot.slot: snapshot.attempt})
-    turn.send(m.Sealed(snapshot.attempt, rank))
+    turn.send(_sealed(turn.state, snapshot, rank))
     if snapshot.persist:
         turn.set(writing={**turn.state.writing, (snapshot.attempt, rank): snapshot.slot})
         turn.do(Persist(snapshot.attempt, rank, snapshot.slot, snapshot.base))
+
+
+def _sealed(state: State, snapshot: Snapshot, rank: int) -> m.Sealed:
+    worker = state.workers[rank]
+    return m.Sealed(snapshot.attempt, rank, worker.stall_seconds, worker.staging_seconds)
 
 
 def unfill(turn: Turn, rank: int) -> None:

@@ -11,6 +11,7 @@ from ftrain.core import local
 from ftrain.core import messages as m
 from ftrain.core.hangs import Look, Watch
 
+SLOTS_MIN = 2  # of an arena: one holds what the run would go on from, one is being filled
 Pages = Mapping[int, tuple[int, int]]  # rank -> (steps finished, phase), read just now
 
 
@@ -27,7 +28,9 @@ class Worker:
     shard: str = ""
     replays: bool = False
     at_end: bool = False
-    stall_seconds: float = 0.0
+    stall_seconds: float = 0.0  # of the newest snapshot
+    staging_seconds: float = 0.0
+    slots: int = 0  # of its arena, 0 until it has planned a snapshot
     error: m.ErrorReport | None = None
     killed: bool = False  # by its agent: how it ends says nothing
     hung: m.Hang | None = None  # it is being ended for this
@@ -445,6 +448,7 @@ def _running(worker: Worker, step: int, phase: int, watch: Watch | None) -> m.Ru
         worker.shard,
         worker.replays,
         watch.progress if watch is not None else None,
+        worker.slots,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ftrain.core import commit, hangs, keeping, leaving, membership, metrics, rounds, supervision
+from ftrain.core import commit, copying, hangs, keeping, leaving, membership, metrics, rounds, supervision
 from ftrain.core import messages as m
 from ftrain.core.membership import Member, Node
 from ftrain.core.run_state import Measured, Phase, State, Turn
@@ -194,6 +194,7 @@ def start_node(turn: Turn, member: Member) -> None:
             tuple(sorted(state.survivors.intersection(member.ranks))),
             keeping.keeper(generation, state.nodes, member),
             state.fetches.get(member.node),
+            copying.slots_wanted(state),
         ),
     )
 

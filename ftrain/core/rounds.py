@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ftrain.core import commit, journal, metrics, recovery, retention, schedule
+from ftrain.core import commit, copying, journal, metrics, recovery, retention, schedule
 from ftrain.core import messages as m
 from ftrain.core.commit import Barrier
 from ftrain.core.run_state import Discard, Phase, Publish, State, Turn
@@ -45,12 +45,18 @@ def propose(turn: Turn) -> None:
                 return  # its workers are on their way out
             step, hold = total, False
     else:
-        found = schedule.next_proposal(state.policy.checkpoint, state.cadence, state.furthest, total, turn.now)
+        policy = copying.policy(state, turn.now)
+        turn.set(cadence=schedule.no_later(policy, state.cadence, turn.now))
+        found = schedule.next_proposal(policy, turn.state.cadence, state.furthest, total, turn.now)
         if found is None:
             return
         step, hold, persist = found.step, False, found.persist
         if found.put_off and not state.cadence.put_off:
             turn.set(cadence=replace(state.cadence, put_off=found.put_off))
+    stays = copying.stays(state, persist, turn.now)
+    if not persist and not copying.has_room(state, stays):
+        turn.set(cadence=schedule.put_off(turn.state.cadence, turn.now))
+        return
     number = state.attempts + 1
     attempt = m.Attempt(generation.number, step, number)
     barrier = Barrier(
@@ -59,28 +65,25 @@ def propose(turn: Turn) -> None:
         generation.ranks,
         hold,
         persist,
+        copying.is_copied(state, turn.now),
+        stays,
         deadline=turn.now + state.policy.checkpoint.attempt_seconds,
     )
-    turn.set(barrier=barrier, attempts=number)
+    turn.set(barrier=barrier, attempts=number, cost=schedule.Cost())
     metrics.begin(turn)
     turn.to_members(arm(turn.state, barrier))
 
 
 def arm(state: State, barrier: Barrier) -> m.Arm:
     """What nodes are told of the attempt."""
-    nodes: dict[str, set[str]] = {}
-    for name in state.members:
-        for rank in state.report(name).ranks:
-            nodes.setdefault(rank.shard, set()).add(name)
-    alone = "" in nodes or any(len(names) < 2 for names in nodes.values())
     base = _base(state)
     return m.Arm(
         state.term,
         barrier.attempt,
         barrier.hold,
         barrier.persist,
-        state.held,
-        alone,
+        barrier.stays,
+        barrier.copied,
         base.attempt if base is not None else None,
     )
 
@@ -109,11 +112,9 @@ def _given_way(turn: Turn, barrier: Barrier) -> bool:
     state = turn.state
     if barrier.stage is not commit.Stage.ARMED or barrier.hold or barrier.sealed:
         return False
-    ran = turn.now - state.looping_since
-    first = min((state.report(node).first_step for node in state.members), default=0)
-    ahead = (state.furthest - first) / ran * 2 * state.policy.heartbeat_seconds if ran > 0 else 0.0
+    ahead = copying.steps_per_second(state, turn.now) * 2 * state.policy.heartbeat_seconds
     reached = state.furthest + ahead  # what is known of it is as old as the newest report
-    if not schedule.gives_way(state.policy.checkpoint, state.cadence, barrier.attempt.step, reached, turn.now):
+    if not schedule.gives_way(copying.policy(state, turn.now), state.cadence, barrier.attempt.step, reached, turn.now):
         return False
     take_back(turn)
     return True
@@ -184,6 +185,7 @@ def message(turn: Turn, node: str, event: m.ArmReply | m.Sealed | m.Prepared | m
         case m.ArmReply():
             feed(turn, commit.Refused(node, event.step, event.reason))
         case m.Sealed():
+            turn.set(cost=state.cost.most(schedule.Cost(event.stall_seconds, event.staging_seconds)))
             feed(turn, commit.RankSealed(event.rank))
         case m.Prepared(pack=pack):
             base = _base(state)
@@ -235,8 +237,11 @@ def _all_armed(turn: Turn, barrier: Barrier) -> None:
 
 
 def _all_sealed(turn: Turn, barrier: Barrier) -> None:
-    cadence = schedule.after_snapshot(turn.state.policy.checkpoint, turn.state.cadence, turn.now)
-    turn.set(held=barrier.attempt, cadence=cadence)
+    turn.set(held=barrier.attempt, cadence=schedule.paced(turn.state.cadence, turn.state.cost))
+    cadence = schedule.after_snapshot(copying.policy(turn.state, turn.now), turn.state.cadence, turn.now)
+    turn.set(cadence=cadence)
+    if barrier.copied:
+        turn.set(copying=barrier.attempt, copied_at=turn.now)
     if barrier.stage is commit.Stage.HELD:
         turn.set(barrier=None, cadence=schedule.after_hold(cadence, barrier.attempt.step))
 

@@ -14,13 +14,17 @@ from ftrain.core.retention import RetentionPolicy
 LOOKAHEAD, LOOKAHEAD_MAX = 2, 1 << 16  # steps
 LOOKAHEAD_LESS = 8  # one of so many parts
 FAILED_PAUSES_SECONDS = (1.0, 5.0, 20.0, 60.0)
+STALL_PARTS = 100  # of the time between two snapshots, one may hold training for one in so many
+STAGING_PARTS = 4  # and be copied for one in so many
+PACE_SECONDS_MIN = 0.2
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointPolicy:
     """Commits every so many steps or every so many seconds (at most one is non-zero), and which of them stay.
 
-    In between, snapshots that stay in memory, every `snapshot_steps` or `snapshot_seconds`.
+    In between, snapshots that stay in memory, every `snapshot_steps` or `snapshot_seconds`. With `snapshot_auto` that
+    is for ranks that have replicas; where some have none they are more frequent.
     """
 
     every_steps: int = 0
@@ -29,6 +33,7 @@ class CheckpointPolicy:
     attempt_seconds: float = 1800.0  # after which an attempt that does not end is given up
     snapshot_steps: int = 0
     snapshot_seconds: float = 0.0
+    snapshot_auto: bool = False
 
     @property
     def off(self) -> bool:
@@ -41,18 +46,30 @@ class CheckpointPolicy:
 
 
 @dataclass(frozen=True, slots=True)
+class Cost:
+    """What a snapshot took of one rank."""
+
+    stall_seconds: float = 0.0  # of its training thread
+    staging_seconds: float = 0.0  # from its boundary until it was sealed
+
+    def most(self, other: Cost) -> Cost:
+        return Cost(max(self.stall_seconds, other.stall_seconds), max(self.staging_seconds, other.staging_seconds))
+
+
+@dataclass(frozen=True, slots=True)
 class Cadence:
     """What the schedule remembers within one generation."""
 
     due: float = 0.0  # when the next periodic commit is
     snapshot_due: float = 0.0  # when the next periodic snapshot is
-    retry_at: float = 0.0  # no proposal of any kind before: the last one failed
+    retry_at: float = 0.0  # no proposal of any kind before: the last one failed, or there was no memory for it
     beyond: int = 0  # the next step must be greater
     put_off: int = 0  # the step of a commit that a snapshot came before
     lookahead: int = LOOKAHEAD
     failures: int = 0  # failed attempts in a row
     last_tries: int = 0  # those of the run's last step
     cause: str = ""  # why the newest of them failed
+    pace_seconds: float = PACE_SECONDS_MIN  # between snapshots that are to cost next to nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,10 +140,26 @@ def after_failure(cadence: Cadence, now: float, cause: str, last: bool = False) 
     )
 
 
+def paced(cadence: Cadence, cost: Cost) -> Cadence:
+    """A snapshot cost so much: by how it was on the whole, so that a single slow one is no rule."""
+    wanted = max(STALL_PARTS * cost.stall_seconds, STAGING_PARTS * cost.staging_seconds, PACE_SECONDS_MIN)
+    return replace(cadence, pace_seconds=(cadence.pace_seconds + wanted) / 2)
+
+
+def no_later(policy: CheckpointPolicy, cadence: Cadence, now: float) -> Cadence:
+    """Snapshots are due by the policy as it has become, not as it was when the newest one was taken."""
+    return replace(cadence, snapshot_due=min(cadence.snapshot_due, now + policy.snapshot_seconds))
+
+
 def after_snapshot(policy: CheckpointPolicy, cadence: Cadence, now: float) -> Cadence:
     """All ranks have sealed a snapshot, for whatever purpose."""
     less = cadence.lookahead - max(1, cadence.lookahead // LOOKAHEAD_LESS)
     return replace(cadence, snapshot_due=now + policy.snapshot_seconds, lookahead=max(LOOKAHEAD, less))
+
+
+def put_off(cadence: Cadence, now: float) -> Cadence:
+    """There is no memory for another snapshot at present."""
+    return replace(cadence, retry_at=now + PACE_SECONDS_MIN)
 
 
 def after_hold(cadence: Cadence, step: int) -> Cadence:

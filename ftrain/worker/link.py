@@ -108,10 +108,10 @@ class Link:
         """Whether the attempt is still wanted."""
         return self.page.load(Field.ARMED) == attempt.step and self.page.load(Field.ARMED_ATTEMPT) == attempt.number
 
-    def sealed(self, number: int, seconds: float) -> None:
-        self.page.store(Field.STALL_NS, int(seconds * 1e9))
+    def sealed(self, number: int, stall_seconds: float, staging_seconds: float) -> None:
+        self.page.store(Field.STALL_NS, int(stall_seconds * 1e9))
         self.page.store(Field.SEALED, number)
-        self.say(local.WorkerSealed(number, seconds))
+        self.say(local.WorkerSealed(number, stall_seconds, staging_seconds))
 
     def not_sealed(self, number: int, cause: str) -> None:
         self.page.store(Field.FAILED_ATTEMPT, number)

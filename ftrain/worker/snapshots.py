@@ -41,7 +41,9 @@ class Snapshots:
         self._capture = capture
         self._replays = replays
         self._rank, self._world_size = boot.rank, boot.world_size
-        self._snapshotter = Snapshotter(link.arena, boot.rank, boot.world_size, self._exchange, boot.arena_bytes_max)
+        self._snapshotter = Snapshotter(
+            link.arena, boot.rank, boot.world_size, self._exchange, boot.arena_bytes_max, boot.slots
+        )
         self._planned_at: int | None = None  # number of the attempt that was planned for, 0 for the first boundary
         self._planning: Armed | None = None
         self._rounds = 0
@@ -75,7 +77,7 @@ class Snapshots:
         boundary_seconds = time.monotonic() - began
         # No daemon: a script that ends now still gets its snapshot sealed.
         self._finishing = threading.Thread(
-            target=self._finish, args=(armed, finish, tell, boundary_seconds), name="ftrain-seal"
+            target=self._finish, args=(armed, finish, tell, began, boundary_seconds), name="ftrain-seal"
         )
         self._finishing.start()
 
@@ -101,7 +103,12 @@ class Snapshots:
             raise
 
     def _finish(
-        self, armed: Armed, finish: Callable[[], Staging], tell: Callable[[], None], boundary_seconds: float
+        self,
+        armed: Armed,
+        finish: Callable[[], Staging],
+        tell: Callable[[], None],
+        began: float,
+        boundary_seconds: float,
     ) -> None:
         try:
             staging = finish()
@@ -110,7 +117,7 @@ class Snapshots:
             self._failed(armed.attempt.number, error)
         else:
             waited = staging.stall_seconds - staging.boundary_seconds
-            self._link.sealed(armed.attempt.number, boundary_seconds + waited)
+            self._link.sealed(armed.attempt.number, boundary_seconds + waited, time.monotonic() - began)
 
     def _failed(self, number: int, error: Exception) -> None:
         self._link.not_sealed(number, f"{type(error).__name__}: {error}")
@@ -121,7 +128,7 @@ class Snapshots:
         self._snapshotter.plan(items, plain)
         self._planned_at = armed.attempt.number if armed else 0
         replays = self._replays() and not any(item.spec.private for item in items)
-        self._link.say(local.WorkerPlanned(shard_of(items, self._rank), replays))
+        self._link.say(local.WorkerPlanned(shard_of(items, self._rank), replays, self._snapshotter.slots))
 
     def _ask_replan(self, number: int) -> None:
         self._store.append(  # type: ignore[attr-defined]  # not in torch's stub

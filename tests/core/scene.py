@@ -35,6 +35,7 @@ class Scene:
         self.log: list[str] = []
         self.told: list[str] = []  # log lines for people
         self.joins = False
+        self.peer_port = 0  # where the nodes take peer copies
 
     def do(self, event: run_state.Event) -> list[str]:
         """Feed one event; returns a transcript of the actions."""
@@ -94,6 +95,7 @@ class Scene:
                     term_seen,
                     report or m.Report(),
                     self.joins,
+                    self.peer_port,
                 ),
             )
         )

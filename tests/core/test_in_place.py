@@ -303,9 +303,9 @@ def test_slot_that_the_run_would_go_on_from_is_not_filled_again() -> None:
         assert scene.do(node.WorkerSaid(rank, local.WorkerSealed(1, 0.0))) == ["say Sealed"]
     assert node.report(scene.state, scene.pages).held == (first,)
     second, third = m.Attempt(1, 6, 2), m.Attempt(1, 8, 3)
-    assert scene.say(m.Arm(1, second, persist=False, line=first)) == ["arm 6 slot 1"]
+    assert scene.say(m.Arm(1, second, persist=False, stays=(first,))) == ["arm 6 slot 1"]
     scene.do(node.Armed(second, False, 6))
-    assert scene.say(m.Arm(1, third, persist=False, line=first)) == ["arm 8 slot 1"]
+    assert scene.say(m.Arm(1, third, persist=False, stays=(first,))) == ["arm 8 slot 1"]
 
 
 def test_attempt_of_the_generation_before_is_still_persisted() -> None:

@@ -88,6 +88,7 @@ class Plan:
     replicated: bool = False  # all ranks are replicas of each other
     replays: bool = True  # and can do a step again by themselves
     peers: bool = True  # nodes keep copies of one another
+    roomy: bool = True  # there is memory for a third slot
 
 
 def calm(seed: int, nodes: int = 2, processes: int = 2, total_steps: int = 9, every_steps: int = 3) -> Plan:
@@ -125,7 +126,7 @@ def draw(seed: int) -> Plan:
     if rng.random() < 0.4:
         aimed[rng.choice(MOMENTS), rng.choice((1, 1, 1, 2, 2, 3))] = rng.choices(KINDS, WEIGHTS)[0]
     faults = tuple(sorted((rng.randint(5, fault_events), kind) for kind in kinds))
-    return Plan(
+    plan = Plan(
         seed=seed,
         nodes=nodes,
         spares=1 if rng.random() < 0.1 else 0,
@@ -144,6 +145,10 @@ def draw(seed: int) -> Plan:
         replays=rng.random() < 0.8,
         peers=rng.random() < 0.7,
     )
+    if rng.random() < 0.3:
+        checkpoint = replace(checkpoint, snapshot_steps=0, snapshot_seconds=2.0, snapshot_auto=True)
+        plan = replace(plan, policy=replace(plan.policy, checkpoint=checkpoint), roomy=rng.random() < 0.8)
+    return plan
 
 
 def _policy(nodes_min: int, nodes_max: int, checkpoint: CheckpointPolicy) -> RunPolicy:

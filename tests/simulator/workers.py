@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ftrain.core import local
 from ftrain.core import messages as m
+from ftrain.core.node_state import SLOTS_MIN
 from ftrain.core.page import NO_STEP, Phase, verdict_on
 from ftrain.errors import ExitCode
 
@@ -40,7 +41,7 @@ class Memory:
     newest boundaries, and of each the history that it is of: the generation in which that step was done.
     """
 
-    slots: list[object] = field(default_factory=lambda: [None, None])
+    slots: list[object] = field(default_factory=lambda: [None, None, None])
     box: list[int] = field(default_factory=list)
     histories: dict[int, int] = field(default_factory=dict)
 
@@ -270,7 +271,8 @@ class Worker:
         self.memory.keep(self.page.step, self.history)
         if self.world.truth.planned(self):
             shard = "all" if self.world.plan.replicated else f"rank {self.rank}"
-            self.say(local.WorkerPlanned(shard, self.world.plan.replays))
+            slots = self.start.slots if self.world.plan.roomy and not self.world.plan.replicated else SLOTS_MIN
+            self.say(local.WorkerPlanned(shard, self.world.plan.replays, slots))
         self.world.after(0.01 * self.world.random(), self._look, generation)
 
     def _look(self, generation: int) -> None:
@@ -306,7 +308,7 @@ class Worker:
         if self.world.seal_fails():
             self.say(local.WorkerSealFailed(number, "a tensor could not be copied"))
         else:
-            self.say(local.WorkerSealed(number, 0.0))
+            self.say(local.WorkerSealed(number, 0.0, 0.05))
         if self.halting:
             self.page.phase = Phase.BOUNDARY
             self.halt(self.generation)

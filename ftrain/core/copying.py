@@ -1,0 +1,121 @@
+"""How often snapshots are kept in memory, which of them go to other nodes, and which the arenas keep for that.
+
+What a rank holds and no other one does is lost with it, but for its newest snapshot: so there is one after each step,
+as far as that costs little. What no other *node* has is lost with the node, but for the newest snapshot that all nodes'
+keepers have of it, and that the others' arenas still hold: one snapshot at a time is sent, the one that was sent before
+stays meanwhile, and a third slot is there for those in between.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from math import ceil
+
+from ftrain.core import keeping
+from ftrain.core import messages as m
+from ftrain.core.node_state import SLOTS_MIN
+from ftrain.core.run_state import State
+from ftrain.core.schedule import CheckpointPolicy
+
+SLOTS = 3  # one holds what all go on from, one what is on other nodes or on its way there, one is being filled
+COPY_SECONDS = 10.0  # from one snapshot that is sent to the next
+SPARED_SECONDS = 10.0  # that the one sent before stays while the next one is on its way, at most
+
+
+def slots_wanted(state: State) -> int:
+    """Of the arena of a rank of the generation that begins, should it hold what no other rank has."""
+    return SLOTS if state.policy.checkpoint.snapshot_auto and _has_keepers(state) else SLOTS_MIN
+
+
+def policy(state: State, now: float) -> CheckpointPolicy:
+    """The run's, where snapshots in memory are as frequent as they are to be for what its ranks hold."""
+    given = state.policy.checkpoint
+    if not given.snapshot_auto or not _is_rare(state) or (is_sent(state) and _slots(state) < SLOTS):
+        return given
+    steps = max(1, ceil(state.cadence.pace_seconds * steps_per_second(state, now)))
+    return replace(given, snapshot_steps=steps, snapshot_seconds=0.0)
+
+
+def is_sent(state: State) -> bool:
+    """Snapshots go to other nodes: of some of the state there is nothing but that on more nodes than one."""
+    nodes: dict[str, set[str]] = {}
+    for name in state.members:
+        for rank in state.report(name).ranks:
+            nodes.setdefault(rank.shard, set()).add(name)
+    on_one = "" in nodes or any(len(names) < 2 for names in nodes.values())
+    return on_one and _has_keepers(state)
+
+
+def is_copied(state: State, now: float) -> bool:
+    """Whether the attempt that is proposed goes to other nodes: one at a time, where there is memory for that."""
+    if not is_sent(state):
+        return False
+    if _slots(state) < SLOTS or state.copying is None:
+        return True
+    if now < state.copied_at + COPY_SECONDS:
+        return False
+    return not _is_of_use(state, state.copying) or _safe(state) == state.copying
+
+
+def stays(state: State, persist: bool, now: float) -> tuple[m.Attempt, ...]:
+    """The snapshots that arenas keep while the next one is taken. A commit waits for none but the newest."""
+    found = {state.held} if state.held is not None else set()
+    if _slots(state) >= SLOTS and is_sent(state):
+        copying, safe = state.copying, _safe(state)
+        if copying is not None and _is_of_use(state, copying):
+            found.add(copying)
+        spared = copying is None or now < state.copied_at + SPARED_SECONDS
+        if safe is not None and _is_of_use(state, safe) and spared and not persist:
+            found.add(safe)
+    return tuple(sorted(found))
+
+
+def has_room(state: State, kept: tuple[m.Attempt, ...]) -> bool:
+    """Whether there is a slot besides those that stay."""
+    return len(kept) < _slots(state)
+
+
+def steps_per_second(state: State, now: float) -> float:
+    """On the whole, since all ranks have been in their loop; 0 where it is not known yet."""
+    ran = now - state.looping_since
+    first = min((state.report(node).first_step for node in state.members), default=0)
+    return max(0.0, (state.furthest - first) / ran) if ran > 0 else 0.0
+
+
+def _is_rare(state: State) -> bool:
+    """Some rank holds what no other one does, as far as all have said what they hold."""
+    ranks = Counter(rank.shard for name in state.members for rank in state.report(name).ranks)
+    return bool(ranks) and "" not in ranks and min(ranks.values()) < 2
+
+
+def _slots(state: State) -> int:
+    return min(
+        (rank.slots or SLOTS_MIN for name in state.members for rank in state.report(name).ranks), default=SLOTS_MIN
+    )
+
+
+def _is_of_use(state: State, attempt: m.Attempt) -> bool:
+    """No commit is as new."""
+    commits = state.history.commits
+    return not commits or commits[-1][1].attempt.step < attempt.step
+
+
+def _safe(state: State) -> m.Attempt | None:
+    """The newest snapshot that survives the loss of any one node."""
+    generation = state.generation
+    if generation is None:
+        return None
+    copies = keeping.by_rank({name: state.report(name) for name in state.members})
+    each = [
+        frozenset(state.report(member.node).held) & keeping.snapshots_of(member, keeping.holder_of(member, copies)[1])
+        for member in generation.members
+    ]
+    return max(frozenset.intersection(*each), default=None, key=lambda attempt: (attempt.step, attempt))
+
+
+def _has_keepers(state: State) -> bool:
+    generation = state.generation
+    return generation is not None and any(
+        keeping.keeper(generation, state.nodes, member) is not None for member in generation.members
+    )

@@ -1,0 +1,198 @@
+"""How often snapshots are kept in memory by themselves, and which of them stay while copies go to other nodes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import msgspec
+import pytest
+
+from ftrain.core import copying, schedule
+from ftrain.core import messages as m
+from ftrain.core.layout import Mesh, TensorSpec, has_only_replicas
+from ftrain.core.schedule import Cadence, CheckpointPolicy, Cost
+from tests.core import scene as scenes
+
+AUTO = CheckpointPolicy(0, 3600.0, snapshot_seconds=10.0, snapshot_auto=True)
+QUICK = 0.001  # seconds that a cheap snapshot takes
+PACE = schedule.PACE_SECONDS_MIN
+
+
+class Scene(scenes.Scene):
+    """Two nodes of one rank each, a step each second, whose ranks and keepers say what they have."""
+
+    def __init__(self, shards: str = "xy", slots: int = 3, peer_port: int = 7, policy: CheckpointPolicy = AUTO) -> None:
+        super().__init__(replace(scenes.POLICY, checkpoint=policy))
+        self.shards, self.slots, self.peer_port = shards, slots, peer_port
+        self.held: tuple[m.Attempt, ...] = ()
+        self.kept: tuple[m.Attempt, ...] = ()  # by each of the other
+        self.step = 0
+        self.running()
+
+    def steps(self, node: str, step: int, **fields: object) -> list[str]:
+        own = scenes.NODES.index(node)
+        rank = m.RunningRank(own, 0, 7, step, 3, joined=True, shard=self.shards[own], slots=self.slots)
+        keeps = (m.Kept(1 - own, attempts=self.kept, shard=self.shards[1 - own]),)
+        held = tuple(sorted(self.held))
+        return self.report(node, ranks=(rank,), looping=True, first_step=0, held=held, keeps=keeps, **fields)
+
+    def next_step(self, seconds: float = 1.0) -> list[str]:
+        """All ranks finish a step."""
+        lines = self.wait(seconds / 2)
+        self.now += seconds / 2
+        self.step += 1
+        return lines + [line for node in scenes.NODES for line in self.steps(node, self.step)]
+
+    def snapshot(self, seconds: float = QUICK) -> m.Arm:
+        """The snapshot under way, or that of the next step, is taken. It costs each rank so much."""
+        if self.state.barrier is None:
+            self.next_step()
+        sent, attempt = self.arm_sent(), self.armed()
+        while self.step < attempt.step:
+            self.next_step()
+        self.held = (*(one for one in self.held if one in sent.stays), attempt)
+        for rank, node in enumerate(scenes.NODES):
+            self.say(node, m.Sealed(attempt, rank, seconds / 100, seconds))
+        return sent
+
+    def until_copied(self) -> m.Arm:
+        """Snapshots, until one that is to be sent to other nodes was taken."""
+        while not (sent := self.snapshot()).copied:
+            pass
+        return sent
+
+    def commit_due(self) -> None:
+        self.state = msgspec.structs.replace(self.state, cadence=replace(self.state.cadence, due=self.now))
+        self.wait(PACE)
+
+
+def test_ranks_without_replicas_take_a_snapshot_after_each_step() -> None:
+    scene = Scene(peer_port=0)
+    steps = [scene.snapshot().attempt.step for _ in range(5)]
+    assert steps == [1, 2, 3, 4, 5]
+
+
+def test_replicas_take_one_every_ten_seconds() -> None:
+    scene = Scene(shards="xx")
+    for _ in range(8):
+        assert scene.next_step() == []
+    scene.next_step(3.0)
+    assert scene.state.barrier is not None
+    assert not scene.state.barrier.copied, "a replica on another node is as good as a copy"
+
+
+def test_snapshots_that_cost_much_are_less_frequent() -> None:
+    scene = Scene(peer_port=0)
+    steps = [scene.snapshot(seconds=1.0).attempt.step for _ in range(8)]
+    assert steps[-1] - steps[-2] == 4, "a quarter of the time at most is to be spent on copying"
+    stalls = schedule.paced(Cadence(pace_seconds=5.0), Cost(stall_seconds=0.05, staging_seconds=0.1))
+    assert stalls.pace_seconds == pytest.approx(5.0)
+
+
+def test_one_slow_snapshot_is_no_rule() -> None:
+    cadence = schedule.paced(Cadence(), Cost(0.0, 2.0))
+    assert cadence.pace_seconds == pytest.approx((PACE + 8.0) / 2)
+    for _ in range(4):
+        cadence = schedule.paced(cadence, Cost(0.0, 0.01))
+    assert cadence.pace_seconds < 0.5
+
+
+def test_one_snapshot_at_a_time_goes_to_other_nodes_and_stays_meanwhile() -> None:
+    scene = Scene()
+    first = scene.snapshot()
+    assert first.copied
+    between = [scene.snapshot() for _ in range(4)]
+    assert not any(sent.copied for sent in between)
+    assert all(first.attempt in sent.stays for sent in between)
+    assert all(len(sent.stays) < 3 for sent in between)
+    scene.kept = (first.attempt,)
+    rest = [scene.snapshot() for _ in range(8)]
+    copied = [sent.attempt.step for sent in rest if sent.copied]
+    assert copied == [first.attempt.step + copying.COPY_SECONDS + 1], "a step takes a second"
+
+
+def test_snapshot_that_is_safe_on_other_nodes_stays_until_the_next_one_is() -> None:
+    scene = Scene()
+    first = scene.snapshot().attempt
+    scene.kept = (first,)
+    while not (sent := scene.snapshot()).copied:
+        assert first in sent.stays or sent.attempt.step == first.step + 1  # that one was armed before
+    second = sent.attempt
+    one_more = scene.snapshot()
+    assert set(one_more.stays) == {first, second}
+    for _ in range(5):  # three slots are taken: nothing is lost for the sake of a snapshot that stays in memory
+        assert scene.next_step() == []
+    assert set(scene.held) == {first, second, one_more.attempt}
+    scene.kept = (first, second)
+    scene.next_step()
+    scene.next_step()
+    assert set(scene.arm_sent().stays) == {second, one_more.attempt}
+
+
+def test_copies_that_take_long_stop_no_snapshot_for_longer_than_they_are_worth() -> None:
+    scene = Scene()
+    scene.kept = (scene.snapshot().attempt,)
+    slow = scene.until_copied().attempt
+    scene.snapshot()
+    waited = 0
+    while scene.next_step() == []:
+        waited += 1
+    assert waited < copying.SPARED_SECONDS + 1
+    assert slow in scene.arm_sent().stays, "it is still on its way"
+    assert not scene.arm_sent().copied
+
+
+def test_commit_takes_the_slot_of_what_is_only_kept() -> None:
+    scene = Scene()
+    scene.kept = (scene.snapshot().attempt,)
+    scene.until_copied()
+    scene.snapshot()
+    assert scene.next_step() == []
+    scene.commit_due()
+    assert scene.state.barrier is not None
+    assert scene.state.barrier.persist
+    assert copying.has_room(scene.state, scene.state.barrier.stays)
+
+
+def test_without_memory_for_a_third_slot_all_are_copied_and_none_waits() -> None:
+    scene = Scene(slots=2)
+    for _ in range(8):
+        assert scene.next_step() == []
+    scene.next_step(3.0)
+    assert scene.arm_sent().copied
+    assert scene.arm_sent().stays == ()
+
+
+def test_what_a_commit_has_is_kept_for_nobody() -> None:
+    scene = Scene()
+    first = scene.snapshot().attempt
+    scene.kept = (first,)
+    scene.commit_due()
+    scene.snapshot()
+    assert first in scene.arm_sent().stays
+    assert scene.state.barrier is not None
+    assert scene.state.barrier.persist
+    scene.committed()
+    scene.next_step()
+    assert first not in scene.arm_sent().stays
+
+
+def test_slots_are_asked_for_where_copies_are_sent() -> None:
+    assert copying.slots_wanted(Scene().state) == 3
+    assert copying.slots_wanted(Scene(peer_port=0).state) == 2
+    assert copying.slots_wanted(Scene(policy=replace(AUTO, snapshot_auto=False)).state) == 2
+
+
+def spec(key: str, *placements: str) -> TensorSpec:
+    mesh = Mesh((2,), (0, 1)) if placements else None
+    return TensorSpec(key, "float32", (4,), mesh, placements)
+
+
+def test_a_box_that_one_rank_holds_is_no_replica() -> None:
+    whole, shard, copy = spec("a"), spec("b", "S0"), spec("b", "R")
+    assert has_only_replicas([[whole], [whole]])
+    assert has_only_replicas([[whole, copy], [whole, copy]])
+    assert not has_only_replicas([[whole, shard], [whole, shard]])
+    assert not has_only_replicas([[whole], []])
+    alone = TensorSpec("p", "float32", (4,), private=True)
+    assert has_only_replicas([[whole, alone], [whole, alone]]), "private state has its own way to survive"
