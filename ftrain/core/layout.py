@@ -136,8 +136,14 @@ def local_shard(spec: TensorSpec, rank: int) -> Shard | None:
     position = _positions(spec.mesh).get(rank)
     if position is None:
         return None
-    coordinate = _unravel(position, spec.mesh.shape)
-    return _shard(local_runs(spec.shape, spec.mesh.shape, coordinate, spec.placements))
+    return _placed(spec.shape, spec.mesh.shape, _unravel(position, spec.mesh.shape), spec.placements)
+
+
+@lru_cache(maxsize=4096)
+def _placed(
+    shape: tuple[int, ...], mesh_shape: tuple[int, ...], coordinate: tuple[int, ...], placements: tuple[str, ...]
+) -> Shard:
+    return _shard(local_runs(shape, mesh_shape, coordinate, placements))
 
 
 def _shard(runs: Sequence[Sequence[Run]]) -> Shard:

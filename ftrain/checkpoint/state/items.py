@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import msgspec
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Partial, Placement, Replicate, Shard, _StridedShard
 
@@ -20,6 +22,7 @@ _dtype = operator.attrgetter("dtype")
 _layout = operator.attrgetter("layout")
 _is_meta = operator.attrgetter("is_meta")
 _names: dict[torch.dtype, str] = {}
+_meshes: WeakKeyDictionary[DeviceMesh, Mesh] = WeakKeyDictionary()
 
 
 class TensorItem(msgspec.Struct, frozen=True, eq=False, gc=False):
@@ -95,13 +98,20 @@ def spec_of(key: str, tensor: torch.Tensor, private: bool = False) -> TensorSpec
     item_bytes(dtype, key)
     if isinstance(tensor, DTensor) and not private:
         placements = tuple(_placement(key, placement, tensor.dim()) for placement in tensor.placements)
-        mesh = Mesh(tuple(tensor.device_mesh.mesh.shape), tuple(tensor.device_mesh.mesh.flatten().tolist()))
-        spec = TensorSpec(key, dtype, tuple(tensor.shape), mesh, placements)
+        spec = TensorSpec(key, dtype, tuple(tensor.shape), _mesh_of(tensor.device_mesh), placements)
         _refuse_odd_shard(spec, tensor)
         return spec
     local = local_of(tensor)
     _refuse_without_data(key, local)
     return TensorSpec(key, dtype, tuple(local.shape), private=private)
+
+
+def _mesh_of(device_mesh: DeviceMesh) -> Mesh:
+    mesh = _meshes.get(device_mesh)
+    if mesh is None:
+        ranks = device_mesh.mesh  # which torch works out anew each time
+        mesh = _meshes[device_mesh] = Mesh(tuple(ranks.shape), tuple(ranks.flatten().tolist()))
+    return mesh
 
 
 def _refuse_without_data(key: str, tensor: torch.Tensor) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ftrain.checkpoint.state.items import TensorItem, item_of, local_of, torch_dtype
@@ -205,6 +206,11 @@ def _fresh(parameter: torch.Tensor, info: TensorInfo, on_cpu: bool) -> torch.Ten
     """A state tensor to be filled: like its parameter where it has that shape, by itself otherwise (a step count)."""
     dtype = torch_dtype(info.dtype)
     if tuple(parameter.shape) == info.shape and (len(info.shape) > 0 or not on_cpu):
+        if isinstance(parameter, DTensor):  # an operation on one is worked out anew for each shape
+            local = torch.empty_like(local_of(parameter), dtype=dtype, requires_grad=False)
+            mesh, shape, stride = parameter.device_mesh, parameter.shape, parameter.stride()
+            placements = parameter.placements
+            return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
         return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
     return torch.empty(info.shape, dtype=dtype, device="cpu" if on_cpu else parameter.device)
 
