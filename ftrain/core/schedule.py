@@ -1,8 +1,8 @@
 """When the next snapshot is due, at which step, and whether it is to be committed or only kept in memory.
 
 A step can only be armed before any rank has reached it. With a period in steps the step is known long ahead; with a
-period in seconds it is guessed a little ahead of the furthest rank: twice as far each time the guess came too late,
-less far again with each snapshot that was taken.
+period in seconds it is guessed a little ahead of the furthest rank: twice as far each time the guess came too late
+although it was known where that is, less far again with each snapshot that was taken.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ class Cadence:
     beyond: int = 0  # the next step must be greater
     put_off: int = 0  # the step of a commit that a snapshot came before
     lookahead: int = LOOKAHEAD
+    refused: bool = False  # the newest proposal came too late
     failures: int = 0  # failed attempts in a row
     last_tries: int = 0  # those of the run's last step
     cause: str = ""  # why the newest of them failed
@@ -114,7 +115,7 @@ def gives_way(policy: CheckpointPolicy, cadence: Cadence, step: int, reached: fl
 
 def _next_step(every: int, cadence: Cadence, furthest: int) -> int:
     if not every:
-        return max(furthest + cadence.lookahead, cadence.beyond + 1)
+        return max(furthest, cadence.beyond) + cadence.lookahead
     base = max(furthest, cadence.beyond)
     step = (base // every + 1) * every
     while step < base + cadence.lookahead - 1:
@@ -123,8 +124,9 @@ def _next_step(every: int, cadence: Cadence, furthest: int) -> int:
 
 
 def after_refusal(cadence: Cadence, furthest: int) -> Cadence:
-    lookahead = min(cadence.lookahead * 2, LOOKAHEAD_MAX)
-    return replace(cadence, beyond=max(cadence.beyond, furthest), lookahead=lookahead)
+    """The step was too near. The first time it may be that what was known of the ranks was old; now it is new."""
+    lookahead = min(cadence.lookahead * 2, LOOKAHEAD_MAX) if cadence.refused else cadence.lookahead
+    return replace(cadence, beyond=max(cadence.beyond, furthest), lookahead=lookahead, refused=True)
 
 
 def after_failure(cadence: Cadence, now: float, cause: str, last: bool = False) -> Cadence:
@@ -154,7 +156,8 @@ def no_later(policy: CheckpointPolicy, cadence: Cadence, now: float) -> Cadence:
 def after_snapshot(policy: CheckpointPolicy, cadence: Cadence, now: float) -> Cadence:
     """All ranks have sealed a snapshot, for whatever purpose."""
     less = cadence.lookahead - max(1, cadence.lookahead // LOOKAHEAD_LESS)
-    return replace(cadence, snapshot_due=now + policy.snapshot_seconds, lookahead=max(LOOKAHEAD, less))
+    lookahead = max(LOOKAHEAD, less)
+    return replace(cadence, snapshot_due=now + policy.snapshot_seconds, lookahead=lookahead, refused=False)
 
 
 def put_off(cadence: Cadence, now: float) -> Cadence:
