@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from ftrain.checkpoint.publish import publish
 from ftrain.checkpoint.reading.restore import Checkpoint
 from ftrain.checkpoint.state.items import TensorItem, item_of
 from ftrain.checkpoint.writing.persist import persist_slot
+from ftrain.core.layout import Mesh
 from ftrain.core.messages import Attempt
 from ftrain.errors import CorruptCheckpoint, MismatchedState, NotPlainData, OutOfMemory, ProtocolError, StorageError
 from ftrain.storage import PosixStorage
@@ -33,6 +35,37 @@ def test_two_snapshots_are_kept_at_a_time(tmp_path: Path) -> None:
         target = weights(0)
         Checkpoint.open(storage, attempt.path).read_into(target, 0)
         assert target[0].local.unique().tolist() == [value]
+
+
+def halves(value: float) -> Callable[[int], list[TensorItem]]:
+    return lambda rank: [sharded("w", torch.full((400_000,), value), Mesh((2,), (0, 1)), ("S0",), rank)]
+
+
+def test_third_slot_is_for_what_one_rank_alone_holds(tmp_path: Path) -> None:
+    with World(2, slots=3) as world:
+        world.plan(lambda _: weights(0))
+        assert [one.slots for one in world.snapshotters] == [2, 2]
+    storage = PosixStorage(tmp_path)
+    with World(2, slots=3) as world:
+        world.plan(halves(0.0))
+        assert [one.slots for one in world.snapshotters] == [3, 3]
+        attempts = [Attempt(1, 10 * number, number) for number in (1, 2, 3)]
+        for slot, attempt in enumerate(attempts):
+            world.take(attempt, halves(float(slot)), slot=slot)
+        for slot, attempt in enumerate(attempts):
+            publish(storage, attempt, 2, world.persist(storage, attempt, slot), "test")
+    for value, attempt in enumerate(attempts):
+        target = halves(7.0)(1)
+        Checkpoint.open(storage, attempt.path).read_into(target, 1)
+        assert target[0].local.unique().tolist() == [value]
+
+
+def test_without_memory_for_a_third_slot_there_are_two(caplog: pytest.LogCaptureFixture) -> None:
+    with World(2, bytes_max=3 << 20, slots=3) as world:
+        world.plan(halves(0.0))
+        assert [one.slots for one in world.snapshotters] == [2, 2]
+        world.take(FIRST, halves(1.0), slot=1)
+    assert "snapshots in memory are less frequent than they could be" in caplog.text
 
 
 def test_private_tensors_and_plain_data_may_grow_beyond_what_was_reserved(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from ftrain import _native
 from ftrain.checkpoint.publish import publish
 from ftrain.checkpoint.reading.restore import Checkpoint
-from ftrain.checkpoint.snapshot import Snapshotter
+from ftrain.checkpoint.snapshot import SLOTS_MIN, Snapshotter
 from ftrain.checkpoint.staging.arena import Arena
 from ftrain.checkpoint.state.items import TensorItem
 from ftrain.checkpoint.writing.persist import persist_slot
@@ -29,14 +29,15 @@ State = Mapping[str, torch.Tensor]
 class World:
     """`size` ranks with a Snapshotter each, that exchange through memory."""
 
-    def __init__(self, size: int, bytes_max: int = 0) -> None:
+    def __init__(self, size: int, bytes_max: int = 0, slots: int = SLOTS_MIN) -> None:
         self.size = size
         self.fds = [_native.memory_file(f"test-arena-{rank}") for rank in range(size)]
         self.arenas = [Arena(fd) for fd in self.fds]
         self._barrier = threading.Barrier(size)
         self._given: list[bytes] = [b""] * size
         self.snapshotters = [
-            Snapshotter(arena, rank, size, self._exchange_of(rank), bytes_max) for rank, arena in enumerate(self.arenas)
+            Snapshotter(arena, rank, size, self._exchange_of(rank), bytes_max, slots)
+            for rank, arena in enumerate(self.arenas)
         ]
 
     def __enter__(self) -> Self:

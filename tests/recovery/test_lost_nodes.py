@@ -120,8 +120,12 @@ class Run:
         return next((node["keeps"][str(rank)] for node in status["nodes"] if str(rank) in node["keeps"]), {})
 
     def recoveries(self) -> list[dict[str, Any]]:
-        events = [json.loads(line) for line in (self.path / "events.jsonl").read_text().splitlines()]
-        return [event for event in events if event["event"] == "continues"]
+        return self.events("continues")
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        path = self.path / "events.jsonl"
+        events = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [event for event in events if event["event"] == kind]
 
 
 def kill_tree(launcher: Launcher) -> None:
@@ -176,6 +180,28 @@ def test_lost_node_is_replaced_by_a_spare_from_its_neighbours_memory(
     assert found["resumes_at"] == HELD_STEP if parallel == "ddp" else 0 < found["resumes_at"] <= HELD_STEP
     assert len(run.pids(0)) == 1
     assert len(run.pids(1)) == 2
+    assert run.end() == run.reference()
+
+
+def test_lost_node_and_lost_rank_go_on_from_the_newest_snapshot_that_there_is(cluster: Cluster) -> None:
+    """By default there is one after each step; the one that other nodes have stays beside it."""
+    run = Run(cluster, "fsdp", held_rank=1, flags=("--snapshot-every", "auto"))
+    nodes = [run.start(0), run.start(1)]
+    wait_for(lambda: (run.out / "r1.jsonl").exists(), "steps")
+    nodes.append(run.start())
+    stands_still(run, 1)
+    os.kill(run.pids(1)[0], signal.SIGKILL)
+    wait_for(lambda: len(run.recoveries()) == 1, "the first recovery")
+    wait_for(lambda: len(run.events("resumed")) == 1, "all ranks in their loop")
+    stands_still(run, 1)
+    kill_tree(nodes[1])
+    (run.out / "went on").touch()
+    assert [nodes[0].wait(), nodes[2].wait()] == [0, 0], nodes[0].text + nodes[2].text
+    rank, node = run.recoveries()
+    assert (rank["tier"], node["tier"]) == ("arena", "arena")
+    assert HELD_STEP - 2 <= rank["resumes_at"] <= HELD_STEP
+    assert 0 < node["resumes_at"] <= HELD_STEP
+    assert len(run.pids(0)) == 1
     assert run.end() == run.reference()
 
 
