@@ -1,7 +1,8 @@
 """What ftrain costs a run that nothing happens to: steps a second beside torchrun's, on this machine, in turn.
 
 The same script and model under torchrun without any checkpoints, under `ftrain launch` with snapshots and commits off,
-and with its defaults. Each run's rate is that of its own middle: the first steps are left out.
+with its defaults, and with a snapshot in memory after each step. Each run's rate is that of its own middle: the first
+steps are left out. Two launchers on this host are two nodes.
 """
 
 from __future__ import annotations
@@ -10,71 +11,86 @@ import argparse
 import os
 import platform
 import statistics
-import subprocess
-import sys
 import tempfile
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 
 import torch
+from launchers.ftrain import Ftrain
+from launchers.job import Job
+from launchers.torchrun import Torchrun
 
-SCRIPT = Path(__file__).parent / "scripts" / "small_gpt.py"
 NEVER = 1_000_000  # steps between two checkpoints of the script's own
-FLAGS = {
-    "torchrun, no checkpoints": (),
-    "ftrain, nothing saved": ("--checkpoint-every", "off", "--snapshot-every", "off"),
-    "ftrain, defaults": (),
-    "ftrain, a snapshot each step": ("--snapshot-every", "1"),
+PATIENCE_SECONDS = 600.0  # with one run
+
+
+@dataclass(frozen=True)
+class Subject:
+    launcher: type[Job]
+    saves: tuple[str, ...] = ()
+
+
+class FtrainThatSaves(Ftrain):
+    """With the flags for checkpoints that it is measured with."""
+
+    saves: tuple[str, ...] = ()
+
+    def saving_flags(self) -> list[str]:
+        return list(self.saves)
+
+
+SUBJECTS = {
+    "torchrun, no checkpoints": Subject(Torchrun),
+    "ftrain, nothing saved": Subject(FtrainThatSaves, ("--checkpoint-every", "off", "--snapshot-every", "off")),
+    "ftrain, defaults": Subject(FtrainThatSaves),
+    "ftrain, a snapshot each step": Subject(FtrainThatSaves, ("--snapshot-every", "1")),
 }
 
 
-def step_seconds(name: str, args: argparse.Namespace, directory: Path) -> list[float]:
+def step_seconds(subject: Subject, args: argparse.Namespace, directory: Path) -> list[float]:
     """How long each step took, on rank 0, without the first ones."""
-    directory.mkdir()
-    launcher = name.partition(",")[0]
-    size = ("--nproc-per-node", str(args.ranks))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *size]
-    if launcher == "ftrain":
-        command = [sys.executable, "-m", "ftrain.cli.main", "launch", *size, "--run-dir", str(directory / "run")]
-    script = [str(SCRIPT), launcher, "--records", str(directory), "--steps", str(args.warmup + args.steps)]
-    model = ["--layers", str(args.layers), "--width", str(args.width), "--batch", str(args.batch)]
-    own = ["--checkpoint-every", str(NEVER), "--parallel", args.parallel]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with (directory / "output.txt").open("wb") as output:
-        subprocess.run(
-            [*command, *FLAGS[name], *script, *model, *own], check=True, stdout=output, stderr=output, env=environment
-        )
-    times = [float(line.split()[0]) for line in (directory / "rank-0").read_text().splitlines()]
+    job = subject.launcher(directory, args, args.warmup + args.steps)
+    if isinstance(job, FtrainThatSaves):
+        job.saves = subject.saves
+    try:
+        job.start()
+        job.final_parameters(PATIENCE_SECONDS)
+        times = [line.at for line in job.lines(0)]
+    finally:
+        job.stop()
     return [later - earlier for earlier, later in pairwise(times)][args.warmup :]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--ranks", type=int, default=2, help="on each node")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--warmup", type=int, default=15)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp")
     args = parser.parse_args()
+    args.checkpoint_every = NEVER
     machine = f"{os.cpu_count()} CPUs ({platform.machine()}), torch {torch.__version__}"
     print(f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {machine}")
-    rates: dict[str, list[float]] = {name: [] for name in FLAGS}
+    rates: dict[str, list[float]] = {name: [] for name in SUBJECTS}
     with tempfile.TemporaryDirectory(prefix="ftrain-steady-") as directory:
         for number in range(args.repeats):
-            for name in FLAGS if number % 2 == 0 else reversed(FLAGS):
-                seconds = step_seconds(
-                    name, args, Path(directory) / f"{number}-{len(rates[name])}-{name.replace(' ', '-')}"
-                )
+            for name in SUBJECTS if number % 2 == 0 else reversed(SUBJECTS):
+                place = Path(directory) / f"{number}-{name.replace(', ', '-').replace(' ', '-')}"
+                seconds = step_seconds(SUBJECTS[name], args, place)
                 rates[name].append(len(seconds) / sum(seconds))
                 print(f"{name}: {rates[name][-1]:.3f} steps/s", flush=True)
-    what = f"{args.ranks} ranks, {args.parallel.upper()}, {args.repeats} runs each"
+    what = f"{args.nodes} x {args.ranks}, {args.parallel.upper()}, {args.repeats} runs each"
     print(f"\n| {what} | steps/s | of torchrun's, run by run |")
     print("|---|---|---|")
-    first = next(iter(FLAGS))
+    first = next(iter(SUBJECTS))
     for name, own in rates.items():
         shares = [one / other for one, other in zip(own, rates[first], strict=True)]
         share = f"{statistics.median(shares):.1%} ({min(shares):.1%}-{max(shares):.1%})"

@@ -31,10 +31,12 @@ class Ftrain(Job):
             "--secret",
             str(self.path / "secret"),
         ]
-        every = ["--checkpoint-every", str(self.args.checkpoint_every), "--snapshot-every", self.args.snapshot_every]
-        common = [*FTRAIN, "launch", *self.size_flags(), *where, *every]
-        spare = [common] if self.args.hurt == "node" else []
+        common = [*FTRAIN, "launch", *self.size_flags(), *where, *self.saving_flags()]
+        spare = [common] if getattr(self.args, "hurt", "") == "node" else []
         return [*([*common, "--node-rank", str(node)] for node in range(self.args.nodes)), *spare]
+
+    def saving_flags(self) -> list[str]:
+        return ["--checkpoint-every", str(self.args.checkpoint_every), "--snapshot-every", self.args.snapshot_every]
 
     def finished(self, rank: int) -> list[Finished]:
         """Without rehearsals: ranks that are all new may do their first step twice, the first time for nothing.

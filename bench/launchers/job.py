@@ -205,14 +205,14 @@ class Job(ABC):
             self._lost.kill()
         os.kill(victim, signal.SIGSTOP if self.args.hurt == "stop" else signal.SIGKILL)
 
-    def final_parameters(self) -> list[str]:
+    def final_parameters(self, patience_seconds: float = PATIENCE_SECONDS) -> list[str]:
         """The digests that the ranks leave at the end of a job with `steps`."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        deadline = time.monotonic() + patience_seconds
         for node in self.nodes:
             try:
                 status = node.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                raise NotBackError(f"waited {PATIENCE_SECONDS:.0f} s in vain for the end; {self._tails()}") from None
+                raise NotBackError(f"waited {patience_seconds:.0f} s in vain for the end; {self._tails()}") from None
             if status != 0:
                 raise NotBackError(f"a launcher ended with {status}; {self._tails()}")
         return [(self.path / f"parameters-{rank}").read_text() for rank in range(self.world_size)]
