@@ -25,7 +25,7 @@ SPARED_SECONDS = 10.0  # that the one sent before stays while the next one is on
 
 def slots_wanted(state: State) -> int:
     """Of the arena of a rank of the generation that begins, should it hold what no other rank has."""
-    return SLOTS if state.policy.checkpoint.snapshot_auto and _has_keepers(state) else SLOTS_MIN
+    return SLOTS if state.policy.checkpoint.snapshots and _has_keepers(state) else SLOTS_MIN
 
 
 def policy(state: State, now: float) -> CheckpointPolicy:

@@ -154,6 +154,17 @@ def test_commit_takes_the_slot_of_what_is_only_kept() -> None:
     assert copying.has_room(scene.state, scene.state.barrier.stays)
 
 
+def test_snapshots_of_a_given_period_are_sent_no_more_often() -> None:
+    scene = Scene(policy=CheckpointPolicy(0, 3600.0, snapshot_steps=2))
+    found = []
+    for _ in range(8):
+        sent = scene.snapshot()
+        scene.kept = (sent.attempt,) if sent.copied else scene.kept
+        found.append((sent.attempt.step, sent.copied))
+    assert [step for step, _ in found] == [2, 4, 6, 8, 10, 12, 14, 16]
+    assert [step for step, copied in found if copied] == [2, 14]
+
+
 def test_without_memory_for_a_third_slot_all_are_copied_and_none_waits() -> None:
     scene = Scene(slots=2)
     for _ in range(8):
@@ -180,7 +191,8 @@ def test_what_a_commit_has_is_kept_for_nobody() -> None:
 def test_slots_are_asked_for_where_copies_are_sent() -> None:
     assert copying.slots_wanted(Scene().state) == 3
     assert copying.slots_wanted(Scene(peer_port=0).state) == 2
-    assert copying.slots_wanted(Scene(policy=replace(AUTO, snapshot_auto=False)).state) == 2
+    assert copying.slots_wanted(Scene(policy=replace(AUTO, snapshot_auto=False)).state) == 3
+    assert copying.slots_wanted(Scene(policy=CheckpointPolicy(10, 0.0)).state) == 2
 
 
 def spec(key: str, *placements: str) -> TensorSpec:
