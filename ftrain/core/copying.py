@@ -84,9 +84,9 @@ def steps_per_second(state: State, now: float) -> float:
 
 
 def _is_rare(state: State) -> bool:
-    """Some rank holds what no other one does, as far as all have said what they hold."""
+    """Some rank holds what no other one does, as far as all have said, and others would go on without it."""
     ranks = Counter(rank.shard for name in state.members for rank in state.report(name).ranks)
-    return bool(ranks) and "" not in ranks and min(ranks.values()) < 2
+    return ranks.total() > 1 and "" not in ranks and min(ranks.values()) < 2
 
 
 def _slots(state: State) -> int:

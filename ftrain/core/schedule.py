@@ -108,9 +108,13 @@ def next_proposal(policy: CheckpointPolicy, cadence: Cadence, furthest: int, tot
 def gives_way(policy: CheckpointPolicy, cadence: Cadence, step: int, reached: float, now: float) -> bool:
     """Whether a commit that waits for `step` is to be taken back for a snapshot that is due long before it.
 
-    `reached` is where the front rank must be by now.
+    `reached` is where the front rank must be by now. One that was missed before stands.
     """
-    return policy.snapshot_seconds > 0 and now >= cadence.snapshot_due and step > reached + 2 * cadence.lookahead
+    if policy.snapshot_steps:
+        is_due = policy.snapshot_auto and not 0 < cadence.put_off < step
+    else:
+        is_due = policy.snapshot_seconds > 0 and now >= cadence.snapshot_due
+    return is_due and step > reached + 2 * cadence.lookahead
 
 
 def _next_step(every: int, cadence: Cadence, furthest: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import msgspec
@@ -21,7 +22,9 @@ PACE = schedule.PACE_SECONDS_MIN
 class Scene(scenes.Scene):
     """Two nodes of one rank each, a step each second, whose ranks and keepers say what they have."""
 
-    def __init__(self, shards: str = "xy", slots: int = 3, peer_port: int = 7, policy: CheckpointPolicy = AUTO) -> None:
+    def __init__(
+        self, shards: Sequence[str] = "xy", slots: int = 3, peer_port: int = 7, policy: CheckpointPolicy = AUTO
+    ) -> None:
         super().__init__(replace(scenes.POLICY, checkpoint=policy))
         self.shards, self.slots, self.peer_port = shards, slots, peer_port
         self.held: tuple[m.Attempt, ...] = ()
@@ -70,6 +73,27 @@ def test_ranks_without_replicas_take_a_snapshot_after_each_step() -> None:
     scene = Scene(peer_port=0)
     steps = [scene.snapshot().attempt.step for _ in range(5)]
     assert steps == [1, 2, 3, 4, 5]
+
+
+def test_commit_that_is_far_ahead_gives_way_to_snapshots() -> None:
+    """It was armed while nobody had said yet what the ranks hold."""
+    scene = Scene(shards=("", ""), peer_port=0, policy=replace(AUTO, every_steps=1000, every_seconds=0.0))
+    scene.next_step()
+    assert scene.armed().step == 1000
+    scene.shards = "xy"
+    scene.next_step()
+    steps = [scene.snapshot() for _ in range(5)]
+    assert not any(sent.persist for sent in steps)
+    assert [sent.attempt.step for sent in steps[1:]] == [one.attempt.step + 1 for one in steps[:-1]]
+
+
+def test_rank_that_is_alone_leaves_nobody_to_go_on() -> None:
+    scene = Scene()
+    assert copying.policy(scene.state, scene.now).snapshot_steps
+    (first, _) = scene.state.generation.members
+    alone = replace(scene.state.generation, members=(first,))
+    scene.state = msgspec.structs.replace(scene.state, generation=alone)
+    assert not copying.policy(scene.state, scene.now).snapshot_steps
 
 
 def test_replicas_take_one_every_ten_seconds() -> None:
