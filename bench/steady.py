@@ -12,48 +12,41 @@ import os
 import platform
 import statistics
 import tempfile
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 from launchers.ftrain import Ftrain
-from launchers.job import Job
 from launchers.torchrun import Torchrun
 
 NEVER = 1_000_000  # steps between two checkpoints of the script's own
 PATIENCE_SECONDS = 600.0  # with one run
 
 
-@dataclass(frozen=True)
-class Subject:
-    launcher: type[Job]
-    saves: tuple[str, ...] = ()
-
-
 class FtrainThatSaves(Ftrain):
     """With the flags for checkpoints that it is measured with."""
 
-    saves: tuple[str, ...] = ()
+    def __init__(self, path: Path, args: argparse.Namespace, steps: int, saving: tuple[str, ...]) -> None:
+        super().__init__(path, args, steps)
+        self._saving = saving
 
     def saving_flags(self) -> list[str]:
-        return list(self.saves)
+        return list(self._saving)
 
 
-SUBJECTS = {
-    "torchrun, no checkpoints": Subject(Torchrun),
-    "ftrain, nothing saved": Subject(FtrainThatSaves, ("--checkpoint-every", "off", "--snapshot-every", "off")),
-    "ftrain, defaults": Subject(FtrainThatSaves),
-    "ftrain, a snapshot each step": Subject(FtrainThatSaves, ("--snapshot-every", "1")),
+SUBJECTS: dict[str, tuple[str, ...] | None] = {  # ftrain's flags for checkpoints
+    "torchrun, no checkpoints": None,
+    "ftrain, nothing saved": ("--checkpoint-every", "off", "--snapshot-every", "off"),
+    "ftrain, defaults": (),
+    "ftrain, a snapshot each step": ("--snapshot-every", "1"),
 }
 
 
-def step_seconds(subject: Subject, args: argparse.Namespace, directory: Path) -> list[float]:
+def step_seconds(saving: tuple[str, ...] | None, args: argparse.Namespace, directory: Path) -> list[float]:
     """How long each step took, on rank 0, without the first ones."""
-    job = subject.launcher(directory, args, args.warmup + args.steps)
-    if isinstance(job, FtrainThatSaves):
-        job.saves = subject.saves
+    steps = args.warmup + args.steps
+    job = Torchrun(directory, args, steps) if saving is None else FtrainThatSaves(directory, args, steps, saving)
     try:
         job.start()
         job.final_parameters(PATIENCE_SECONDS)
@@ -76,7 +69,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp")
     args = parser.parse_args()
-    args.checkpoint_every = NEVER
+    args.checkpoint_every, args.hurt = NEVER, ""
     machine = f"{os.cpu_count()} CPUs ({platform.machine()}), torch {torch.__version__}"
     print(f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {machine}")
     rates: dict[str, list[float]] = {name: [] for name in SUBJECTS}

@@ -32,7 +32,7 @@ class Ftrain(Job):
             str(self.path / "secret"),
         ]
         common = [*FTRAIN, "launch", *self.size_flags(), *where, *self.saving_flags()]
-        spare = [common] if getattr(self.args, "hurt", "") == "node" else []
+        spare = [common] if self.args.hurt == "node" else []
         return [*([*common, "--node-rank", str(node)] for node in range(self.args.nodes)), *spare]
 
     def saving_flags(self) -> list[str]:

@@ -16,10 +16,10 @@ from ftrain.checkpoint.writing.agreement import refuse_twice
 from ftrain.checkpoint.writing.pack_plan import CleanSlots, PackPlan
 from ftrain.core.layout import TensorSpec, WriteItem, describe, has_only_replicas, image_of, whole, write_plan
 from ftrain.core.messages import Attempt
+from ftrain.core.node_state import SLOTS_MIN
 from ftrain.errors import MismatchedState, OutOfMemory, ProtocolError
 
 log = logging.getLogger("ftrain.snapshot")
-SLOTS_MIN = 2  # one sealed and being persisted, one being filled
 INDEX_SLACK_BYTES = 256 << 10
 PRIVATE_SLACK_BYTES = 256 << 10
 
@@ -85,10 +85,9 @@ class Snapshotter:
         index = pack.encode(pack.index(Attempt(0, 0, 0), encode_plain(plain or {})))
         private = sum(write.nbytes for write in pack.writes if write.spec.private)
         room = image_of(pack.layout.payload_bytes + private // 4 + PRIVATE_SLACK_BYTES)[-1]
-        slots = SLOTS_MIN
-        if self._slots_wanted > slots and not has_only_replicas(everybody):
-            slots = self._slots_wanted
-        self._reserve(slots, room, _with_slack(index))
+        self._arena.reserve(SLOTS_MIN, room, _with_slack(index), self._bytes_max)
+        if self._slots_wanted > SLOTS_MIN and not has_only_replicas(everybody):
+            self._reserve_more(room, _with_slack(index))
         images = [self._arena.image(slot) for slot in range(self._arena.slots)]
         if hindrance := self._stager.pin(images, [item.local for item in items]):
             log.warning("snapshots of what is on the GPU are slower than they could be: %s", hindrance)
@@ -124,10 +123,9 @@ class Snapshotter:
         """How many snapshots the arena has memory for."""
         return self._arena.slots
 
-    def _reserve(self, slots: int, image_bytes: int, index_bytes: int) -> None:
-        self._arena.reserve(SLOTS_MIN, image_bytes, index_bytes, self._bytes_max)
+    def _reserve_more(self, image_bytes: int, index_bytes: int) -> None:
         try:
-            self._arena.reserve(slots, image_bytes, index_bytes, self._bytes_max)
+            self._arena.reserve(self._slots_wanted, image_bytes, index_bytes, self._bytes_max)
         except OutOfMemory as error:
             log.warning("snapshots in memory are less frequent than they could be: no slot more, %s", error)
 

@@ -39,12 +39,13 @@ def policy(state: State, now: float) -> CheckpointPolicy:
 
 def is_sent(state: State) -> bool:
     """Snapshots go to other nodes: of some of the state there is nothing but that on more nodes than one."""
+    if not _has_keepers(state):
+        return False
     nodes: dict[str, set[str]] = {}
     for name in state.members:
         for rank in state.report(name).ranks:
             nodes.setdefault(rank.shard, set()).add(name)
-    on_one = "" in nodes or any(len(names) < 2 for names in nodes.values())
-    return on_one and _has_keepers(state)
+    return "" in nodes or any(len(names) < 2 for names in nodes.values())
 
 
 def is_copied(state: State, now: float) -> bool:

@@ -194,21 +194,17 @@ def write_plan(specs_by_rank: Sequence[Sequence[TensorSpec]]) -> tuple[tuple[Wri
     done once for all of them. Raises `MismatchedState` where ranks disagree about a tensor or a rank of its mesh
     does not name it.
     """
-    world_size = len(specs_by_rank)
-    loads = [0] * world_size
+    loads = [0] * len(specs_by_rank)
     jobs: list[tuple[int, int, WriteItem, tuple[int, ...]]] = []
-    shared: dict[str, list[tuple[TensorSpec, tuple[int, ...]]]] = {}
-    plan: list[list[WriteItem]] = [[] for _ in range(world_size)]
+    plan: list[list[WriteItem]] = [[] for _ in specs_by_rank]
     for specs, ranks in _by_content(specs_by_rank):
         for spec in specs:
-            if not spec.private:
-                shared.setdefault(spec.key, []).append((spec, ranks))
-                continue
-            item = WriteItem(spec, whole(spec.shape), spec.nbytes)
-            for rank in ranks:
-                plan[rank].append(item)
-                loads[rank] += item.nbytes
-    for number, named in enumerate(shared.values()):
+            if spec.private:
+                item = WriteItem(spec, whole(spec.shape), spec.nbytes)
+                for rank in ranks:
+                    plan[rank].append(item)
+                    loads[rank] += item.nbytes
+    for number, named in enumerate(_shared(specs_by_rank)):
         for (box, offset), holders in _holders(named).items():
             spec = named[0][0]
             nbytes = box.volume * item_bytes(spec.dtype, spec.key)
@@ -220,12 +216,17 @@ def write_plan(specs_by_rank: Sequence[Sequence[TensorSpec]]) -> tuple[tuple[Wri
 
 def has_only_replicas(specs_by_rank: Sequence[Sequence[TensorSpec]]) -> bool:
     """Whether two ranks at least hold each box of what ranks share."""
+    return all(len(holders) > 1 for named in _shared(specs_by_rank) for holders in _holders(named).values())
+
+
+def _shared(specs_by_rank: Sequence[Sequence[TensorSpec]]) -> Iterable[list[tuple[TensorSpec, tuple[int, ...]]]]:
+    """Of each tensor that is not one rank's alone all views, and which ranks have each."""
     shared: dict[str, list[tuple[TensorSpec, tuple[int, ...]]]] = {}
     for specs, ranks in _by_content(specs_by_rank):
         for spec in specs:
             if not spec.private:
                 shared.setdefault(spec.key, []).append((spec, ranks))
-    return all(len(holders) > 1 for named in shared.values() for holders in _holders(named).values())
+    return shared.values()
 
 
 def _by_content(

@@ -13,7 +13,7 @@ import torch
 from ftrain import _native
 from ftrain.checkpoint.publish import publish
 from ftrain.checkpoint.reading.restore import Checkpoint
-from ftrain.checkpoint.snapshot import SLOTS_MIN, Snapshotter
+from ftrain.checkpoint.snapshot import Snapshotter
 from ftrain.checkpoint.staging.arena import Arena
 from ftrain.checkpoint.state.items import TensorItem
 from ftrain.checkpoint.writing.persist import persist_slot
@@ -21,6 +21,7 @@ from ftrain.checkpoint.writing.unchanged import Memory
 from ftrain.core.codec import Codec
 from ftrain.core.layout import Box, Mesh, TensorSpec, local_shard
 from ftrain.core.messages import Attempt, PackRecord
+from ftrain.core.node_state import SLOTS_MIN
 from ftrain.storage.base import Storage
 
 State = Mapping[str, torch.Tensor]
