@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ftrain.agent.story import Story
+from ftrain.core.commit import Barrier
 from ftrain.core.journal import History
 from ftrain.core.page import Phase as WorkerPhase
 from ftrain.core.run_state import State
@@ -12,7 +13,6 @@ from ftrain.core.run_state import State
 
 def status(state: State, story: Story) -> dict[str, Any]:
     """A JSON-able picture of the run as the coordinator sees it now."""
-    barrier = state.barrier
     return {
         "run_id": state.policy.run_id,
         "phase": state.phase.value,
@@ -21,19 +21,22 @@ def status(state: State, story: Story) -> dict[str, Any]:
         "step": state.furthest,
         "metrics": story.metrics,
         "nodes": [_node(state, name) for name in sorted(set(state.nodes) | set(state.members))],
-        "attempt": None
-        if barrier is None
-        else {
-            "step": barrier.attempt.step,
-            "number": barrier.attempt.number,
-            "stage": barrier.stage.value,
-            "waits_for_ranks": sorted(barrier.missing)[:64],
-        },
+        "attempts": [_attempt(barrier) for barrier in state.attempts_under_way],
         "commits": commits(state.history),
         "damaged": [attempt.path for attempt in sorted(state.suspects)],
         "interruptions": list(story.interruptions),
         "restarts": state.budget.restarts,
         "summary": state.summary,
+    }
+
+
+def _attempt(barrier: Barrier) -> dict[str, Any]:
+    return {
+        "step": barrier.attempt.step,
+        "number": barrier.attempt.number,
+        "persist": barrier.persist,
+        "stage": barrier.stage.value,
+        "waits_for_ranks": sorted(barrier.missing)[:64],
     }
 
 

@@ -62,7 +62,7 @@ def _ended(storage: Storage, error: FtrainError) -> dict[str, Any]:
         "step": history.finish.step,
         "metrics": {},
         "nodes": [],
-        "attempt": None,
+        "attempts": [],
         "commits": commits(history),
         "interruptions": [],
         "exit_code": history.finish.exit_code,
@@ -91,9 +91,9 @@ def _show(picture: dict[str, Any]) -> None:
         console.print(ranks)
     for commit in picture["commits"]:
         console.print(f"commit of step {commit['step']}  {commit['bytes'] / 1e6:.1f} MB  {commit['path']}")
-    if picture["attempt"] is not None:
-        attempt = picture["attempt"]
-        console.print(f"checkpoint of step {attempt['step']}: {attempt['stage']}")
+    for attempt in picture["attempts"]:
+        what = "checkpoint" if attempt["persist"] else "snapshot"
+        console.print(f"{what} of step {attempt['step']}: {attempt['stage']}")
     for one in picture["interruptions"]:
         took = f", back after {one['recovery_seconds']:.2f} s" if "recovery_seconds" in one else ""
         console.print(

@@ -8,12 +8,12 @@ already stand.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
-from ftrain.core.messages import Attempt, PackRecord
+from ftrain.core.messages import Attempt, Logged, PackRecord
 
 
 class Stage(Enum):
@@ -28,6 +28,7 @@ class Stage(Enum):
 
 
 FINAL = frozenset({Stage.HELD, Stage.COMMITTED, Stage.ABORTED})
+TAKEN = frozenset({Stage.SEALED, Stage.PREPARED, Stage.RECORDING})
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,7 @@ class Barrier:
     persist: bool = True  # False: it is over once it is sealed
     copied: bool = True  # to other nodes
     stays: tuple[Attempt, ...] = ()  # snapshots whose slots are not to be taken for it
+    metrics: Mapping[str, Logged] = field(default_factory=dict)  # each one's newest value at the step, once sealed
     stage: Stage = Stage.PROPOSED
     accepted: frozenset[str] = frozenset()
     sealed: frozenset[int] = frozenset()
@@ -53,6 +55,15 @@ class Barrier:
     @property
     def prepared(self) -> frozenset[int]:
         return frozenset(pack.rank for pack in self.packs)
+
+    @property
+    def is_over(self) -> bool:
+        return self.stage in FINAL
+
+    @property
+    def is_taken(self) -> bool:
+        """Every rank's snapshot is sealed: nothing more is wanted of the workers."""
+        return self.stage in TAKEN
 
     @property
     def missing(self) -> frozenset[int]:

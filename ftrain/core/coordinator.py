@@ -13,8 +13,6 @@ journal says that somebody else continued the history, this coordinator sends no
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import msgspec
 
 from ftrain.core import (
@@ -97,10 +95,9 @@ def wake_at(state: State, now: float) -> float:
     times += [node.lease_until for node in state.nodes.values()]
     if state.phase is Phase.FORMING:
         times.append(state.probe_at)
-    if state.barrier is not None:
-        times.append(state.barrier.deadline)
-    elif state.phase is Phase.RUNNING:
-        times += [state.cadence.due, state.cadence.retry_at]
+    times += [barrier.deadline for barrier in state.attempts_under_way]
+    if state.barrier is None and state.phase is Phase.RUNNING:
+        times += [state.cadence.due, state.cadence.retry_at, state.cadence.commit_at]
     if state.drain is not None:
         times.append(state.drain.deadline)
     return min((time for time in times if time > now), default=float("inf"))
@@ -118,9 +115,9 @@ def _recorded(turn: Turn, record: journal.Record) -> None:
             if number == turn.state.number:
                 turn.set(recorded=True)
         case journal.CommitBody(attempt=attempt):
-            barrier = turn.state.barrier
+            barrier = turn.state.writing
             assert barrier is not None and barrier.attempt == attempt, "only the attempt under way is ever recorded"
-            rounds.feed(turn, commit.Recorded())
+            rounds.feed(turn, attempt, commit.Recorded())
         case journal.RetireBody():
             for attempt in turn.state.history.let_go:
                 turn.do(Discard(attempt))
@@ -155,10 +152,10 @@ def _take_over(turn: Turn) -> None:
 
 
 def _published(turn: Turn, attempt: m.Attempt, manifest_sha256: str, cause: str) -> None:
-    barrier = turn.state.barrier
+    barrier = turn.state.writing
     if barrier is None or barrier.attempt != attempt or barrier.stage is not commit.Stage.PREPARED:
         return
-    rounds.feed(turn, commit.Published(manifest_sha256) if manifest_sha256 else commit.PublishFailed(cause))
+    rounds.feed(turn, attempt, commit.Published(manifest_sha256) if manifest_sha256 else commit.PublishFailed(cause))
 
 
 def _expire(turn: Turn) -> None:
@@ -172,11 +169,7 @@ def _expire(turn: Turn) -> None:
     for name in expired:
         where = reception.place(turn, name)
         reception.lose(turn, name, f"node {where} was silent for {lease:g} s: its lease ran out")
-    barrier = turn.state.barrier
-    if barrier is not None and turn.now >= barrier.deadline:
-        missing = ", ".join(str(rank) for rank in sorted(barrier.missing)[:8])
-        turn.set(barrier=replace(barrier, deadline=float("inf")))
-        rounds.feed(turn, commit.Expired(f"out of time, waiting for rank {missing}"))
+    rounds.expire(turn)
     for record in turn.record(journal.Retry()):
         _recorded(turn, record)
     leaving.expire(turn)
@@ -193,7 +186,7 @@ def _cut_off(turn: Turn) -> None:
     turn.log(
         "no node is heard any more: this coordinator is cut off, or all nodes are gone; waiting for them", "warning"
     )
-    rounds.feed(turn, commit.ArenasLost(generation.ranks, "no node was heard any more"))
+    rounds.feed_all(turn, commit.ArenasLost(generation.ranks, "no node was heard any more"))
     turn.set(nodes={}, waiting_since=turn.now)
     turn.enter(Phase.ADOPTING, turn.now + state.policy.formation.wait_seconds)
 
@@ -237,10 +230,8 @@ def _advance(turn: Turn) -> None:
             case Phase.STOPPING:
                 ending.stopping(turn)
             case Phase.SETTLING:
-                if (
-                    not ending.waits_for_attempt(turn, remains.connected_nodes(turn.state))
-                    or turn.now >= turn.state.until
-                ):
+                awaited = ending.awaited(turn.state, remains.connected_nodes(turn.state))
+                if not awaited or turn.now >= turn.state.until:
                     ending.judge(turn)
             case Phase.PAUSING:
                 if turn.now >= turn.state.until:

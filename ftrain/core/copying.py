@@ -25,7 +25,8 @@ SPARED_SECONDS = 10.0  # that the one sent before stays while the next one is on
 
 def slots_wanted(state: State) -> int:
     """Of the arena of a rank of the generation that begins, should it hold what no other rank has."""
-    return SLOTS if state.policy.checkpoint.snapshots and _has_keepers(state) else SLOTS_MIN
+    given = state.policy.checkpoint
+    return SLOTS if given.snapshots and (not given.off or _has_keepers(state)) else SLOTS_MIN
 
 
 def policy(state: State, now: float) -> CheckpointPolicy:
@@ -62,6 +63,8 @@ def is_copied(state: State, now: float) -> bool:
 def stays(state: State, persist: bool, now: float) -> tuple[m.Attempt, ...]:
     """The snapshots that arenas keep while the next one is taken. A commit waits for none but the newest."""
     found = {state.held} if state.held is not None else set()
+    if state.writing is not None:
+        found.add(state.writing.attempt)
     if _slots(state) >= SLOTS and is_sent(state):
         copying, safe = state.copying, _safe(state)
         if copying is not None and _is_of_use(state, copying):

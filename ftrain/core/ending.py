@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from ftrain.core import commit, leaving, reception, remains, rounds, supervision
 from ftrain.core import messages as m
+from ftrain.core.commit import Barrier
 from ftrain.core.membership import Generation, Node
 from ftrain.core.run_state import Interrupted, Phase, State, Turn
 from ftrain.core.supervision import Failure, FailureClass
@@ -66,9 +67,9 @@ def stop(turn: Turn, why: str) -> None:
 
 
 def _workers_lost(turn: Turn, generation: Generation, why: str) -> None:
-    """The attempt under way learns that no rank will seal it any more, but for what is sealed by then."""
-    rounds.feed(turn, commit.WorkersLost(generation.ranks, why))
-    rounds.feed(turn, commit.ArenasLost(_ranks(generation, turn.state.gone), why))
+    """What is under way learns that no rank will seal it any more, but for what is sealed by then."""
+    rounds.feed_all(turn, commit.WorkersLost(generation.ranks, why))
+    rounds.feed_all(turn, commit.ArenasLost(_ranks(generation, turn.state.gone), why))
 
 
 def _ranks(generation: Generation, nodes: frozenset[str]) -> frozenset[int]:
@@ -120,23 +121,22 @@ def _never_started(state: State, node: str) -> bool:
     return report is not None and report.stopped and report.generation != state.number and not state.recorded
 
 
-def waits_for_attempt(turn: Turn, nodes: frozenset[str]) -> bool:
-    """What these nodes go on from is not known before the run's last attempt is committed or aborted."""
-    barrier = turn.state.barrier
-    if barrier is None or not rounds.undecided(turn):
-        return False
-    line = remains.recovery_line(turn.state, nodes)
-    return line is None or line.step < barrier.attempt.step
+def awaited(state: State, nodes: frozenset[str]) -> tuple[Barrier, ...]:
+    """What these nodes go on from is not known before these attempts of the run are committed or aborted."""
+    if not state.attempts_under_way:
+        return ()
+    line = remains.recovery_line(state, nodes)
+    return tuple(one for one in state.attempts_under_way if line is None or line.step < one.attempt.step)
 
 
 def judge(turn: Turn) -> None:
     """The generation is over and what it leaves is known: what now?"""
     state = turn.state
-    if waits_for_attempt(turn, remains.connected_nodes(state)):
-        rounds.feed(turn, commit.Expired("the run could not wait for it any longer"))
-        if rounds.undecided(turn):
-            return  # its record is being written: only storage can tell
-        state = turn.state
+    for barrier in awaited(state, remains.connected_nodes(state)):
+        rounds.feed(turn, barrier.attempt, commit.Expired("the run could not wait for it any longer"))
+    state = turn.state
+    if awaited(state, remains.connected_nodes(state)):
+        return  # its record is being written: only storage can tell
     if state.drain is not None and not leaving.goes_on_first(state):
         leaving.drained(turn)
         return

@@ -32,7 +32,7 @@ def form(turn: Turn) -> None:
             survivors = remains.survivors(state, found.nodes)
             line = remains.recovery_line(state, found.nodes)
             assert state.generation is not None or not survivors
-            if ending.waits_for_attempt(turn, found.nodes):
+            if ending.awaited(state, found.nodes):
                 return  # whoever could have gone on without it is gone, too; its deadline bounds the wait
             if survivors and (
                 state.afresh
@@ -103,7 +103,7 @@ def _begin(turn: Turn, generation: Generation, line: m.Line | None, survivors: f
         turn.set(attempts=0, cadence=cadence, held=None, copying=None)
     else:
         # What failed with the generation before says nothing about this one.
-        turn.set(cadence=replace(state.cadence, retry_at=0.0, failures=0))
+        turn.set(cadence=replace(state.cadence, retry_at=0.0, commit_at=0.0, failures=0))
     turn.enter(Phase.STARTING)
     members = tuple(
         journal.MemberRecord(

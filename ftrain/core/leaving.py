@@ -66,7 +66,7 @@ def _stop_all(turn: Turn) -> None:
     turn.set(scrapped=True)
     turn.enter(Phase.STOPPING, turn.now + state.policy.stop_grace_seconds + state.policy.lease_seconds)
     turn.to_members(m.Stop(state.term, generation.number, "the run is leaving", state.policy.stop_grace_seconds))
-    rounds.feed(turn, commit.WorkersLost(generation.ranks, "the run is leaving"))
+    rounds.feed_all(turn, commit.WorkersLost(generation.ranks, "the run is leaving"))
 
 
 def expire(turn: Turn) -> None:

@@ -11,7 +11,7 @@ from itertools import islice
 
 from ftrain.core import messages as m
 from ftrain.core.journal import METRICS_MAX, History
-from ftrain.core.run_state import State, Turn
+from ftrain.core.run_state import Turn
 
 
 def heard(turn: Turn, said: m.Metrics) -> None:
@@ -29,7 +29,7 @@ def heard(turn: Turn, said: m.Metrics) -> None:
 
 
 def begin(turn: Turn) -> None:
-    """An attempt is proposed, for a step that no rank has come to: all that was logged is from before it."""
+    """A snapshot is proposed, of a step that no rank has come to: all that was logged is from before it."""
     state = turn.state
     turn.set(logged=_bounded({**state.logged, **state.logged_after}), logged_after={})
 
@@ -41,11 +41,6 @@ def go_back(turn: Turn, step: int, resume: m.Resume | None) -> None:
     merged = {**state.logged, **state.logged_after}
     known = {name: one for name, one in merged.items() if one.step < step}
     turn.set(logged=_bounded({**before, **known}), logged_after={})
-
-
-def of_commit(state: State) -> dict[str, m.Logged]:
-    """For the record of the attempt under way."""
-    return dict(state.logged)
 
 
 def of_newest(history: History) -> Mapping[str, m.Logged]:

@@ -217,10 +217,9 @@ def _said(turn: Turn, message: m.FromCoordinator) -> None:
             node_attempts.abort(turn, attempt)
         case m.Committed(attempt=attempt):
             turn.set(committed=max(state.committed, attempt.step))
-            if state.snapshot is not None and state.snapshot.attempt == attempt:
-                turn.set(snapshot=None)
-                if state.alive and all(_is_last(worker, attempt.step) for worker in state.alive):
-                    turn.do(ReleasePages(state.generation, node_attempts.ranks_of(state)))
+            mine = node_attempts.over(turn, attempt)
+            if mine is not None and state.alive and all(_is_last(worker, attempt.step) for worker in state.alive):
+                turn.do(ReleasePages(state.generation, node_attempts.ranks_of(state)))
         case m.Verdict(attempt=attempt, leave=leave):
             if attempt.generation == state.generation:
                 if state.snapshot is not None and state.snapshot.attempt == attempt:
@@ -275,7 +274,7 @@ def _start(turn: Turn, start: m.Start) -> None:
     if start.line is None:
         # Nobody goes on with what arenas hold, or with an attempt of before.
         committed = start.resume.attempt.step if start.resume is not None else 0
-        turn.set(snapshot=None, held={}, copied={}, attempt_seen=0, committed=committed, filling={})
+        turn.set(snapshot=None, saving=None, held={}, copied={}, attempt_seen=0, committed=committed, filling={})
     elif start.fetch is not None and start.line.attempt is not None:
         turn.set(held={}, copied={})  # its ranks get other arenas, with the snapshot of the line in them
     alive = tuple(rank for rank, worker in survivors.items() if worker.exit is None)
@@ -343,7 +342,7 @@ def _stop(turn: Turn, generation: int, grace: float) -> None:
         return
     if generation > state.generation and not state.alive:
         _pass_over(turn, generation)
-        turn.set(start=None, snapshot=None, stopping=True, halting=False)
+        turn.set(start=None, snapshot=None, saving=None, stopping=True, halting=False)
     elif not state.stopping:
         _pass_over(turn, generation)
         turn.set(stopping=True, halting=False)

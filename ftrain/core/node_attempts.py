@@ -39,7 +39,8 @@ def arm(turn: Turn, message: m.Arm) -> None:
     busy = {*(slot for _, slot in state.filling.values()), *state.writing.values()}
     # What the run would go on from stays as it is until there is something newer.
     busy |= {slot for slot, held in state.held.items() if held in message.stays}
-    if snapshot is not None and len(snapshot.sealed) < len(state.workers):
+    is_taken = snapshot is not None and len(snapshot.sealed) == len(state.workers)
+    if snapshot is not None and not is_taken:
         busy.add(snapshot.slot)
     slots = min((worker.slots for worker in state.workers.values() if worker.slots), default=SLOTS_MIN)
     free = sorted((slot for slot in range(slots) if slot not in busy), key=partial(_worth, state))
@@ -51,6 +52,8 @@ def arm(turn: Turn, message: m.Arm) -> None:
     else:
         held = {slot: held for slot, held in state.held.items() if slot != free[0]}
         copied = {slot: held for slot, held in state.copied.items() if slot != free[0]}
+        if snapshot is not None and is_taken and snapshot.persist:
+            turn.set(saving=snapshot)
         snapshot = Snapshot(attempt, free[0], message.hold, message.persist, message.copied, message.base)
         turn.set(snapshot=snapshot, held=held, copied=copied)
         turn.do(ArmPages(attempt, free[0], message.hold, ranks_of(state)))
@@ -76,11 +79,30 @@ def armed(turn: Turn, event: Armed) -> None:
         turn.send(m.ArmReply(event.attempt, False, event.furthest, "a rank is past this step already"))
 
 
+def over(turn: Turn, attempt: m.Attempt) -> Snapshot | None:
+    """The attempt is committed or given up. Returns what this node had of it."""
+    snapshot = _of(turn.state, attempt)
+    if snapshot is not None:
+        _keep(turn, snapshot.attempt, None)
+    return snapshot
+
+
+def _of(state: State, attempt: m.Attempt) -> Snapshot | None:
+    return next((snapshot for snapshot in state.snapshots if snapshot.attempt == attempt), None)
+
+
+def _keep(turn: Turn, attempt: m.Attempt, snapshot: Snapshot | None) -> None:
+    saving = turn.state.saving
+    if saving is not None and saving.attempt == attempt:
+        turn.set(saving=snapshot)
+    else:
+        turn.set(snapshot=snapshot)
+
+
 def abort(turn: Turn, attempt: m.Attempt) -> None:
-    snapshot = turn.state.snapshot
-    if snapshot is None or snapshot.attempt != attempt:
+    snapshot = over(turn, attempt)
+    if snapshot is None:
         return
-    turn.set(snapshot=None)
     unsealed = tuple(rank for rank in ranks_of(turn.state) if rank not in snapshot.sealed)
     if unsealed:
         # Until the pages say otherwise each of them may be writing its slot.
@@ -110,17 +132,17 @@ def may_fill(page: tuple[int, int], step: int) -> bool:
 
 
 def repeat(turn: Turn) -> None:
-    """Say again where the present attempt stands: the coordinator forgets duplicates, but it must not miss one."""
-    snapshot = turn.state.snapshot
-    if snapshot is None or not snapshot.armed:
-        return
-    turn.send(m.ArmReply(snapshot.attempt, True))
-    for rank in sorted(snapshot.sealed):
-        turn.send(_sealed(turn.state, snapshot, rank))
-    for pack in snapshot.packs:
-        turn.send(m.Prepared(snapshot.attempt, pack))
-    for failure in snapshot.failures:
-        turn.send(failure)
+    """Say again where what is under way stands: the coordinator forgets duplicates, but it must not miss one."""
+    for snapshot in turn.state.snapshots:
+        if not snapshot.armed:
+            continue
+        turn.send(m.ArmReply(snapshot.attempt, True))
+        for rank in sorted(snapshot.sealed):
+            turn.send(_sealed(turn.state, snapshot, rank))
+        for pack in snapshot.packs:
+            turn.send(m.Prepared(snapshot.attempt, pack))
+        for failure in snapshot.failures:
+            turn.send(failure)
 
 
 def sealed(turn: Turn, snapshot: Snapshot, rank: int) -> None:
@@ -147,22 +169,22 @@ def unfill(turn: Turn, rank: int) -> None:
 
 def persisted(turn: Turn, attempt: m.Attempt, pack: m.PackRecord) -> None:
     _written(turn, attempt, pack.rank)
-    snapshot = turn.state.snapshot
-    if snapshot is not None and snapshot.attempt == attempt:
-        turn.set(snapshot=replace(snapshot, packs=(*snapshot.packs, pack)))
+    snapshot = _of(turn.state, attempt)
+    if snapshot is not None:
+        _keep(turn, attempt, replace(snapshot, packs=(*snapshot.packs, pack)))
         turn.send(m.Prepared(attempt, pack))
 
 
 def persist_failed(turn: Turn, attempt: m.Attempt, rank: int, cause: str) -> None:
     _written(turn, attempt, rank)
-    snapshot = turn.state.snapshot
-    if cause and snapshot is not None and snapshot.attempt == attempt:
+    snapshot = _of(turn.state, attempt)
+    if cause and snapshot is not None:
         fail(turn, snapshot, rank, cause)
 
 
 def fail(turn: Turn, snapshot: Snapshot, rank: int, cause: str) -> None:
     failure = m.AttemptFailed(snapshot.attempt, rank, cause)
-    turn.set(snapshot=replace(snapshot, failures=(*snapshot.failures, failure)))
+    _keep(turn, snapshot.attempt, replace(snapshot, failures=(*snapshot.failures, failure)))
     turn.send(failure)
 
 

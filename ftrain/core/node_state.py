@@ -75,7 +75,8 @@ class State(msgspec.Struct, frozen=True):  # not a dataclass: it is replaced man
     halt_until: float = float("inf")  # workers that do not stand still by then are killed
     workers: Mapping[int, Worker] = {}
     watches: Mapping[int, Watch] = {}  # the living workers, as they have been seen
-    snapshot: Snapshot | None = None
+    snapshot: Snapshot | None = None  # of the newest attempt
+    saving: Snapshot | None = None  # of the one before, where that is being written to storage still
     held: Mapping[int, m.Attempt] = {}  # slot -> the snapshot that is sealed in it for all local ranks
     copied: Mapping[int, m.Attempt] = {}  # those of them that a keeper is to have
     keeps: tuple[m.Kept, ...] = ()  # for another node
@@ -90,6 +91,10 @@ class State(msgspec.Struct, frozen=True):  # not a dataclass: it is replaced man
     leave: m.Leave | None = None
     alone: bool = False  # it leaves without the coordinator's word
     over: bool = False
+
+    @property
+    def snapshots(self) -> tuple[Snapshot, ...]:
+        return tuple(one for one in (self.saving, self.snapshot) if one is not None)
 
     @property
     def alive(self) -> tuple[Worker, ...]:

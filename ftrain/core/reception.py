@@ -148,7 +148,7 @@ def resync(turn: Turn, node: str, report: m.Report) -> None:
             ranks = [rank for name in state.members for rank in turn.state.report(name).ranks]
             whole = hangs.attributed(exit, ranks)
             turn.set(exits={**turn.state.exits, exit.rank: (node, whole)})
-            rounds.feed(turn, commit.WorkersLost(frozenset({exit.rank}), supervision.explain(node, whole).summary))
+            rounds.feed_all(turn, commit.WorkersLost(frozenset({exit.rank}), supervision.explain(node, whole).summary))
     over = state.phase in (Phase.FORMING, Phase.PAUSING, Phase.SETTLING)
     if (state.phase is Phase.STOPPING or (over and state.scrapped)) and not report.stopped:
         stop_node(turn, node, report.generation, "its generation is over")
@@ -223,7 +223,7 @@ def lose(turn: Turn, name: str, why: str) -> None:
     if member is None:
         return
     turn.set(gone=state.gone | {name})
-    rounds.feed(turn, commit.ArenasLost(frozenset(member.ranks), why))
+    rounds.feed_all(turn, commit.ArenasLost(frozenset(member.ranks), why))
     phases = (Phase.RUNNING, Phase.STARTING, Phase.HALTING, Phase.STOPPING)
     if state.failure is None and state.phase in phases and state.drain is None:
         turn.set(failure=Failure(FailureClass.NODE, name, why))

@@ -14,7 +14,10 @@ GAVE_WAY = "something else is to be saved before"
 
 
 def propose(turn: Turn) -> None:
-    """Propose the next attempt if one is due, none is under way, and every node's workers are in their loop."""
+    """Propose the next attempt if one is due, no snapshot is being taken, and every node's workers are in their loop.
+
+    A commit is not proposed before the last one is written, or given up; snapshots that stay in memory are.
+    """
     state = turn.state
     if state.phase is not Phase.RUNNING or not state.recorded or not can_snapshot(turn):
         return
@@ -30,14 +33,17 @@ def propose(turn: Turn) -> None:
     total = _total(state)
     done = _last_is_committed(state)
     persist = True
+    blocked = state.writing is not None or turn.now < state.cadence.commit_at
     if all(report.at_end for report in reports):
         step, hold = total, False
         if done or state.cadence.last_tries >= LAST_TRIES or state.policy.checkpoint.off:
             turn.to_members(m.Release(state.term, generation.number))
             turn.set(cadence=replace(state.cadence, retry_at=turn.now + state.policy.heartbeat_seconds))
             return
+        if blocked:
+            return
     elif drain is not None:
-        if drain.decided:
+        if drain.decided or blocked:
             return
         step, hold = state.furthest + state.cadence.lookahead, True
         if total and step >= total:
@@ -47,7 +53,10 @@ def propose(turn: Turn) -> None:
     else:
         policy = copying.policy(state, turn.now)
         turn.set(cadence=schedule.no_later(policy, state.cadence, turn.now))
-        found = schedule.next_proposal(policy, turn.state.cadence, state.furthest, total, turn.now)
+        cadence = turn.state.cadence
+        found = schedule.next_proposal(
+            policy, cadence, state.furthest, total, turn.now, writing=state.writing is not None
+        )
         if found is None:
             return
         step, hold, persist = found.step, False, found.persist
@@ -123,8 +132,17 @@ def _given_way(turn: Turn, barrier: Barrier) -> bool:
 def take_back(turn: Turn) -> None:
     """Give up, without a word, an attempt that no rank has begun, for something that is to be saved before."""
     barrier = turn.state.barrier
-    if barrier is not None and not barrier.hold and barrier.stage in (commit.Stage.PROPOSED, commit.Stage.ARMED):
-        feed(turn, commit.Expired(GAVE_WAY))
+    if barrier is not None and not barrier.hold:
+        feed(turn, barrier.attempt, commit.Expired(GAVE_WAY))
+
+
+def expire(turn: Turn) -> None:
+    """Give up what is not done by its deadline."""
+    for barrier in turn.state.attempts_under_way:
+        if turn.now >= barrier.deadline:
+            missing = ", ".join(str(rank) for rank in sorted(barrier.missing)[:8])
+            _keep(turn, replace(barrier, deadline=float("inf")))
+            feed(turn, barrier.attempt, commit.Expired(f"out of time, waiting for rank {missing}"))
 
 
 def can_snapshot(turn: Turn) -> bool:
@@ -135,13 +153,19 @@ def can_snapshot(turn: Turn) -> bool:
     return all(state.report(node).looping for node in state.members)
 
 
-def feed(turn: Turn, event: commit.Event) -> None:
-    """Tell the attempt what happened and do what it asks for."""
-    barrier = turn.state.barrier
-    if barrier is None:
+def feed_all(turn: Turn, event: commit.Event) -> None:
+    """Tell whatever is under way what happened."""
+    for barrier in turn.state.attempts_under_way:
+        feed(turn, barrier.attempt, event)
+
+
+def feed(turn: Turn, attempt: m.Attempt, event: commit.Event) -> None:
+    """Tell the attempt, if it is under way, what happened, and do what it asks for."""
+    found = _under_way(turn.state, attempt)
+    if found is None:
         return
-    barrier, actions = commit.step(barrier, event)
-    turn.set(barrier=barrier)
+    barrier, actions = commit.step(found, event)
+    _keep(turn, barrier)
     for action in actions:
         match action:
             case commit.AllArmed():
@@ -158,7 +182,7 @@ def feed(turn: Turn, event: commit.Event) -> None:
                     barrier.manifest_sha256,
                     payload,
                     refers=tuple(sorted({attempt for pack in barrier.packs for attempt in pack.refers})),
-                    metrics=metrics.of_commit(turn.state),
+                    metrics=dict(barrier.metrics),
                 )
                 turn.append(body)
             case commit.AnnounceCommit():
@@ -170,8 +194,7 @@ def feed(turn: Turn, event: commit.Event) -> None:
 def message(turn: Turn, node: str, event: m.ArmReply | m.Sealed | m.Prepared | m.AttemptFailed) -> None:
     """A node's word about an attempt. About one that is over, the node is told again how it ended."""
     state = turn.state
-    barrier = state.barrier
-    if barrier is None or event.attempt != barrier.attempt:
+    if _under_way(state, event.attempt) is None:
         if isinstance(event, m.ArmReply) and not event.accepted:
             return
         if any(body.attempt == event.attempt for _, body in state.history.commits):
@@ -181,20 +204,22 @@ def message(turn: Turn, node: str, event: m.ArmReply | m.Sealed | m.Prepared | m
         return
     match event:
         case m.ArmReply(accepted=True):
-            feed(turn, commit.Accepted(node))
+            feed(turn, event.attempt, commit.Accepted(node))
         case m.ArmReply():
-            feed(turn, commit.Refused(node, event.step, event.reason))
+            feed(turn, event.attempt, commit.Refused(node, event.step, event.reason))
         case m.Sealed():
-            turn.set(cost=state.cost.most(schedule.Cost(event.stall_seconds, event.staging_seconds)))
-            feed(turn, commit.RankSealed(event.rank))
+            if state.barrier is not None and event.attempt == state.barrier.attempt:
+                turn.set(cost=state.cost.most(schedule.Cost(event.stall_seconds, event.staging_seconds)))
+            feed(turn, event.attempt, commit.RankSealed(event.rank))
         case m.Prepared(pack=pack):
             base = _base(state)
             if set(pack.refers) <= ({base.attempt, *base.refers} if base is not None else set()):
-                feed(turn, commit.RankPrepared(pack))
+                feed(turn, event.attempt, commit.RankPrepared(pack))
             else:
-                feed(turn, commit.RankFailed(pack.rank, "its pack refers to what the newest commit does not have"))
+                cause = "its pack refers to what the newest commit does not have"
+                feed(turn, event.attempt, commit.RankFailed(pack.rank, cause))
         case m.AttemptFailed():
-            feed(turn, commit.RankFailed(event.rank, event.cause))
+            feed(turn, event.attempt, commit.RankFailed(event.rank, event.cause))
 
 
 def lost(state: State) -> str:
@@ -221,9 +246,24 @@ def _last_is_committed(state: State) -> bool:
 
 
 def undecided(turn: Turn) -> bool:
-    """An attempt is under way whose outcome may still be a commit."""
-    barrier = turn.state.barrier
-    return barrier is not None and barrier.stage not in commit.FINAL
+    """Something is under way whose outcome may still be a commit."""
+    return bool(turn.state.attempts_under_way)
+
+
+def _under_way(state: State, attempt: m.Attempt) -> Barrier | None:
+    return next((barrier for barrier in state.attempts_under_way if barrier.attempt == attempt), None)
+
+
+def _keep(turn: Turn, barrier: Barrier) -> None:
+    """What has become of an attempt: from the moment that it is sealed it is in nobody's way but the next commit's."""
+    state = turn.state
+    taken = state.barrier
+    if taken is None or taken.attempt != barrier.attempt:
+        turn.set(writing=None if barrier.is_over else barrier)
+    elif barrier.is_taken:
+        turn.set(barrier=None, writing=replace(barrier, metrics=state.logged))
+    else:
+        turn.set(barrier=None if barrier.is_over else barrier)
 
 
 def _all_armed(turn: Turn, barrier: Barrier) -> None:
@@ -240,16 +280,15 @@ def _all_sealed(turn: Turn, barrier: Barrier) -> None:
     turn.set(held=barrier.attempt, cadence=schedule.paced(turn.state.cadence, turn.state.cost))
     cadence = schedule.after_snapshot(copying.policy(turn.state, turn.now), turn.state.cadence, turn.now)
     turn.set(cadence=cadence)
+    turn.set(cadence=schedule.after_taken(cadence, barrier.attempt.step))
     if barrier.copied:
         turn.set(copying=barrier.attempt, copied_at=turn.now)
-    if barrier.stage is commit.Stage.HELD:
-        turn.set(barrier=None, cadence=schedule.after_hold(cadence, barrier.attempt.step))
 
 
 def _committed(turn: Turn, barrier: Barrier) -> None:
     state = turn.state
     cadence = schedule.after_commit(state.policy.checkpoint, state.cadence, barrier.attempt.step, turn.now)
-    turn.set(barrier=None, cadence=cadence)
+    turn.set(cadence=cadence)
     turn.to_members(m.Committed(state.term, barrier.attempt))
     payload = sum(pack.payload_bytes for pack in barrier.packs)
     size = f"{payload / 1e6:.1f} MB, {len(barrier.packs)} packs"
@@ -269,10 +308,12 @@ def _aborted(turn: Turn, barrier: Barrier) -> None:
     elif barrier.cause == GAVE_WAY:
         cadence = state.cadence
     else:
-        cadence = schedule.after_failure(state.cadence, turn.now, barrier.cause, last)
+        taken = barrier.sealed == barrier.ranks
+        cadence = schedule.after_failure(state.cadence, turn.now, barrier.cause, last, taken)
         if cadence.last_tries >= LAST_TRIES and all(state.report(node).at_end for node in state.members):
-            cadence = replace(cadence, retry_at=turn.now)  # nothing is tried any more that a pause could help
-    turn.set(barrier=None, cadence=cadence)
+            # Nothing is tried any more that a pause could help.
+            cadence = replace(cadence, retry_at=turn.now, commit_at=turn.now)
+    turn.set(cadence=cadence)
     turn.to_members(m.Abort(state.term, barrier.attempt, barrier.cause))
     if barrier.hold and barrier.accepted != barrier.nodes:  # else they were told to leave, and that stands
         turn.to_members(m.Verdict(state.term, barrier.attempt, leave=False))

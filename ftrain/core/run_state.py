@@ -84,15 +84,16 @@ class State(msgspec.Struct, frozen=True):  # not a dataclass: it is replaced man
     fetches: Mapping[str, m.Fetch] = {}  # node -> what it has to get from another one first
     exits: Mapping[int, tuple[str, m.RankExit]] = {}
     gone: frozenset[str] = frozenset()  # its members that were lost
-    # The attempt.
-    barrier: commit.Barrier | None = None
+    # The attempts.
+    barrier: commit.Barrier | None = None  # whose snapshot is being taken
+    writing: commit.Barrier | None = None  # whose snapshot is being written to storage
     attempts: int = 0  # highest attempt number used in this generation
     held: m.Attempt | None = None  # the newest snapshot that all ranks have sealed, as far as arenas have it still
     copying: m.Attempt | None = None  # the newest of those that other nodes are sent
     copied_at: float = 0.0  # when that was sealed
-    cost: schedule.Cost = schedule.Cost()  # of the snapshot under way, on the rank where it was dearest
+    cost: schedule.Cost = schedule.Cost()  # of the snapshot that is being taken, on the rank where it was dearest
     cadence: Cadence = Cadence()
-    logged: Mapping[str, m.Logged] = {}  # each metric's newest value, at the step of the attempt under way
+    logged: Mapping[str, m.Logged] = {}  # each metric's newest value, at the step of the snapshot that is being taken
     logged_after: Mapping[str, m.Logged] = {}  # what came of later steps meanwhile
     suspects: frozenset[m.Attempt] = frozenset()  # commits that a restore found damaged
     spoiled: frozenset[m.Attempt] = frozenset()  # snapshots in memory that one found damaged
@@ -120,6 +121,11 @@ class State(msgspec.Struct, frozen=True):  # not a dataclass: it is replaced man
     @property
     def newest_commit(self) -> int:
         return self.history.commits[-1][0] if self.history.commits else 0
+
+    @property
+    def attempts_under_way(self) -> tuple[commit.Barrier, ...]:
+        """Those that may still become a commit, or a snapshot to go on from; the older one first."""
+        return tuple(one for one in (self.writing, self.barrier) if one is not None)
 
     @property
     def furthest(self) -> int:

@@ -62,7 +62,9 @@ class Cadence:
 
     due: float = 0.0  # when the next periodic commit is
     snapshot_due: float = 0.0  # when the next periodic snapshot is
-    retry_at: float = 0.0  # no proposal of any kind before: the last one failed, or there was no memory for it
+    retry_at: float = 0.0  # no proposal of any kind before: the last snapshot failed, or there was no memory for it
+    commit_at: float = 0.0  # none of a commit before: the last one failed
+    owed: bool = False  # storage did not take the newest one: the next is not to wait for its period
     beyond: int = 0  # the next step must be greater
     put_off: int = 0  # the step of a commit that a snapshot came before
     lookahead: int = LOOKAHEAD
@@ -80,15 +82,17 @@ class Proposal:
     put_off: int = 0  # the step of the commit that a snapshot comes before
 
 
-def next_proposal(policy: CheckpointPolicy, cadence: Cadence, furthest: int, total: int, now: float) -> Proposal | None:
-    """What to propose now, or None. `furthest`: steps that the front rank finished.
+def next_proposal(
+    policy: CheckpointPolicy, cadence: Cadence, furthest: int, total: int, now: float, *, writing: bool = False
+) -> Proposal | None:
+    """What to propose now, or None. `furthest`: steps that the front rank finished; `writing`: a commit is under way.
 
     A snapshot comes before a commit only where the commit's step can still be armed after it; a commit whose step was
     missed all the same comes first the next time.
     """
     committed = kept = None
-    if not policy.off and now >= cadence.due:
-        step = _next_step(policy.every_steps, cadence, furthest)
+    if not policy.off and not writing and now >= max(cadence.due, cadence.commit_at):
+        step = _next_step(0 if cadence.owed else policy.every_steps, cadence, furthest)
         # The last state is always worth a commit.
         committed = Proposal(min(step, total) if total else step, persist=True)
     if policy.snapshots and now >= cadence.snapshot_due:
@@ -133,17 +137,17 @@ def after_refusal(cadence: Cadence, furthest: int) -> Cadence:
     return replace(cadence, beyond=max(cadence.beyond, furthest), lookahead=lookahead, refused=True)
 
 
-def after_failure(cadence: Cadence, now: float, cause: str, last: bool = False) -> Cadence:
-    """`last`: it was to save the run's last step. These are paused for as if nothing had failed before."""
+def after_failure(cadence: Cadence, now: float, cause: str, last: bool = False, taken: bool = False) -> Cadence:
+    """`last`: it was to save the run's last step. These are paused for as if nothing had failed before.
+
+    `taken`: it was storage that failed, which is in the way of no snapshot that stays in memory.
+    """
     before = cadence.last_tries if last else cadence.failures
-    pause = FAILED_PAUSES_SECONDS[min(before, len(FAILED_PAUSES_SECONDS) - 1)]
-    return replace(
-        cadence,
-        failures=cadence.failures + 1,
-        last_tries=cadence.last_tries + last,
-        cause=cause,
-        retry_at=now + pause,
+    until = now + FAILED_PAUSES_SECONDS[min(before, len(FAILED_PAUSES_SECONDS) - 1)]
+    cadence = replace(
+        cadence, failures=cadence.failures + 1, last_tries=cadence.last_tries + last, cause=cause, commit_at=until
     )
+    return replace(cadence, owed=True) if taken else replace(cadence, retry_at=until)
 
 
 def paced(cadence: Cadence, cost: Cost) -> Cadence:
@@ -169,11 +173,11 @@ def put_off(cadence: Cadence, now: float) -> Cadence:
     return replace(cadence, retry_at=now + PACE_SECONDS_MIN)
 
 
-def after_hold(cadence: Cadence, step: int) -> Cadence:
-    """The snapshot of `step` stays in memory: that is all that was wanted of it."""
+def after_taken(cadence: Cadence, step: int) -> Cadence:
+    """The snapshot of `step` is taken: nothing more is wanted of the workers for it."""
     return replace(cadence, beyond=max(cadence.beyond, step))
 
 
 def after_commit(policy: CheckpointPolicy, cadence: Cadence, step: int, now: float) -> Cadence:
     beyond = max(cadence.beyond, step)
-    return replace(cadence, beyond=beyond, put_off=0, failures=0, due=now + policy.every_seconds)
+    return replace(cadence, beyond=beyond, put_off=0, failures=0, owed=False, due=now + policy.every_seconds)

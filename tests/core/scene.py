@@ -158,7 +158,7 @@ class Scene:
 
     def rest(self) -> None:
         """Until the next attempt may be proposed, the nodes say what they said last."""
-        until = self.state.cadence.retry_at
+        until = max(self.state.cadence.retry_at, self.state.cadence.commit_at)
         while self.now < until:
             self.now = min(self.now + 9.0, until)
             for node in NODES:

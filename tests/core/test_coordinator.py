@@ -242,7 +242,7 @@ def test_manifest_that_cannot_be_written_aborts_and_pauses() -> None:
     attempt = scene.prepared()
     lines = scene.do(run_state.Published(attempt, "", "disk full"))
     assert lines == ["a <- Abort 10.1", "b <- Abort 10.1", "discard 10.1"]
-    assert scene.wait(1.0) == ["a <- Arm 10.2", "b <- Arm 10.2"]
+    assert scene.wait(1.0) == ["a <- Arm 12.2", "b <- Arm 12.2"]
 
 
 def test_same_error_twice_gives_up_and_says_so() -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import msgspec
 import pytest
 
-from ftrain.core import copying, schedule
+from ftrain.core import copying, run_state, schedule
 from ftrain.core import messages as m
 from ftrain.core.layout import Mesh, TensorSpec, has_only_replicas
 from ftrain.core.schedule import Cadence, CheckpointPolicy, Cost
@@ -34,7 +34,7 @@ class Scene(scenes.Scene):
 
     def steps(self, node: str, step: int, **fields: object) -> list[str]:
         own = scenes.NODES.index(node)
-        rank = m.RunningRank(own, 0, 7, step, 3, joined=True, shard=self.shards[own], slots=self.slots)
+        rank = m.RunningRank(own, 0, 7, step, 3, True, looped=True, shard=self.shards[own], slots=self.slots)
         keeps = (m.Kept(1 - own, attempts=self.kept, shard=self.shards[1 - own]),)
         held = tuple(sorted(self.held))
         return self.report(node, ranks=(rank,), looping=True, first_step=0, held=held, keeps=keeps, **fields)
@@ -208,13 +208,95 @@ def test_what_a_commit_has_is_kept_for_nobody() -> None:
     assert scene.state.barrier is not None
     assert scene.state.barrier.persist
     scene.committed()
+    scene.snapshot()
     scene.next_step()
     assert first not in scene.arm_sent().stays
 
 
+def write_commit(scene: Scene) -> m.Attempt:
+    """A commit is sealed, and not yet written."""
+    scene.commit_due()
+    while not (sent := scene.snapshot()).persist:
+        pass
+    assert scene.state.writing is not None
+    assert scene.state.writing.attempt == sent.attempt
+    return sent.attempt
+
+
+def prepare(scene: Scene, attempt: m.Attempt) -> None:
+    for rank, node in enumerate(scenes.NODES):
+        scene.say(node, m.Prepared(attempt, m.PackRecord(rank, f"packs/{rank}", "", "0" * 64, 1, 1, 1)))
+
+
+def test_snapshots_go_on_while_a_commit_is_written() -> None:
+    scene = Scene(peer_port=0)
+    attempt = write_commit(scene)
+    taken = [scene.snapshot() for _ in range(4)]
+    assert [sent.attempt.step - attempt.step for sent in taken] == [1, 2, 3, 4]
+    assert all(attempt in sent.stays and not sent.persist for sent in taken)
+    assert scene.state.held == taken[-1].attempt
+    prepare(scene, attempt)
+    scene.do(run_state.Published(attempt, "f" * 64))
+    assert "a <- Committed" in " ".join(scene.stored())
+    assert scene.state.writing is None
+    assert scene.state.newest_commit
+
+
+def test_no_second_commit_while_one_is_written() -> None:
+    scene = Scene(peer_port=0)
+    write_commit(scene)
+    scene.commit_due()
+    assert not any(scene.snapshot().persist for _ in range(4))
+
+
+def test_where_there_are_two_slots_a_commit_that_is_written_leaves_one_for_one_snapshot() -> None:
+    scene = Scene(peer_port=0, slots=2)
+    attempt = write_commit(scene)
+    kept = scene.snapshot().attempt
+    for _ in range(4):
+        scene.next_step()
+    assert scene.state.barrier is None
+    assert scene.state.held == kept
+    prepare(scene, attempt)
+    scene.do(run_state.Published(attempt, "f" * 64))
+    scene.stored()
+    assert scene.snapshot().attempt.step > kept.step
+
+
+def test_commit_that_storage_refused_is_owed_and_keeps_no_snapshot_away() -> None:
+    policy = replace(AUTO, every_steps=100, every_seconds=0.0)
+    scene = Scene(peer_port=0, policy=policy)
+    attempt = write_commit(scene)
+    assert attempt.step == 100
+    scene.say("a", m.AttemptFailed(attempt, 0, "No space left on device"))
+    assert scene.state.writing is None
+    paused = scene.now + schedule.FAILED_PAUSES_SECONDS[0]
+    first = scene.snapshot()
+    assert not first.persist
+    while scene.now < paused + 1.0 or not (sent := scene.snapshot()).persist:
+        scene.next_step()
+    assert sent.attempt.step < 110, "not at the next multiple of the period"
+
+
+def test_run_goes_on_from_the_snapshot_that_is_newer_than_the_commit_that_is_written() -> None:
+    scene = Scene(peer_port=0)
+    attempt = write_commit(scene)
+    newer = scene.snapshot().attempt
+    kept = (newer.step - 1, newer.step)
+    gone = m.RankExit(0, 0, 7, 1, 9, newer.step, 3, kept=kept, shard="x")
+    left = m.RunningRank(1, 0, 7, newer.step, 3, True, halted=True, live=newer.step, kept=kept, shard="y", looped=True)
+    held = tuple(sorted(scene.held))
+    scene.report("a", exits=(gone,), stopped=True, held=held)
+    lines = scene.report("b", ranks=(left,), halted=True, held=held)
+    assert f"continues at {newer.step} from arena, 1 kept, 1 new" in lines
+    assert scene.state.writing is not None, "it is waited for by nobody"
+    assert scene.state.writing.attempt == attempt
+
+
 def test_slots_are_asked_for_where_copies_are_sent() -> None:
     assert copying.slots_wanted(Scene().state) == 3
-    assert copying.slots_wanted(Scene(peer_port=0).state) == 2
+    assert copying.slots_wanted(Scene(peer_port=0).state) == 3, "one is written while others are taken"
+    assert copying.slots_wanted(Scene(peer_port=0, policy=replace(AUTO, every_seconds=0.0)).state) == 2
     assert copying.slots_wanted(Scene(policy=replace(AUTO, snapshot_auto=False)).state) == 3
     assert copying.slots_wanted(Scene(policy=CheckpointPolicy(10, 0.0)).state) == 2
 

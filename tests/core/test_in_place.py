@@ -154,8 +154,8 @@ def test_sealed_attempt_is_committed_while_the_next_generation_begins() -> None:
     scene.report("a", exits=(dead("a", 10, (9, 10)),), stopped=True, attempt_seen=attempt.number)
     lines = halted(scene, "b", 10, attempt_seen=attempt.number)
     assert "continues at 10 from live, 1 kept, 1 new" in lines
-    assert scene.state.barrier is not None
-    assert scene.state.barrier.attempt == attempt
+    assert scene.state.writing is not None
+    assert scene.state.writing.attempt == attempt
 
 
 def test_notice_during_a_recovery_waits_for_its_end() -> None:

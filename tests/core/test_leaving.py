@@ -163,8 +163,8 @@ def test_failures_before_the_end_take_no_try_from_the_last_state() -> None:
     for _ in range(rounds.LAST_TRIES):
         scene.gave_up("disk full")
     assert scene.state.cadence.failures == rounds.LAST_TRIES
-    scene.say("a", m.ArmReply(m.Attempt(1, 10, scene.state.attempts), False, -1, "it is at its end"))
-    assert scene.state.barrier is None
+    assert scene.state.barrier is not None
+    scene.say("a", m.ArmReply(scene.state.barrier.attempt, False, -1, "it is at its end"))
     scene.at_end(12)
     scene.rest()
     assert "Release" not in " ".join(scene.log)

@@ -85,7 +85,7 @@ def test_guess_that_came_too_late_once_does_not_keep_snapshots_away_between_comm
         if found.persist:
             cadence = schedule.after_commit(policy, cadence, furthest, now=0.0)
         else:
-            cadence = schedule.after_hold(cadence, furthest)
+            cadence = schedule.after_taken(cadence, furthest)
             held.append(furthest)
     assert held[-6:] == [31, 32, 33, 36, 37, 38]  # what is nearer to a commit than arming takes is left out
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 
 import pytest
@@ -75,6 +76,17 @@ def test_lost_shard_comes_back_from_the_newest_snapshot_in_memory(cluster: Clust
     assert told.count("going on in place") == told.count("from snapshots in memory") == 2, told
     assert len(pids(job, 0)) == len(pids(job, 1)) == 2
     assert job.commits() == [24]
+
+
+def test_snapshots_go_on_while_a_commit_is_written(cluster: Cluster) -> None:
+    """The commit of step 10 takes long, and a rank is lost meanwhile: what was finished since is not done again."""
+    flags = ("--snapshot-every", "auto", "--persist-rate", "50KB")
+    job, told = compare(cluster, "fsdp", [killed("step", 1, 18)], flags=flags, more=("--pause", 0.3), every=10)
+    assert told.count("from snapshots in memory") == 1, told
+    assert told.index("going on in place") < told.index("checkpoint of step 10 committed"), told
+    redone = int(re.findall(r"(\d+) finished step\(s\) to redo", told)[0])
+    assert redone <= 4, told
+    assert job.commits() == [10, 24]
 
 
 @pytest.mark.parametrize("victim", [0, 1], ids=["survivor", "newcomer"])

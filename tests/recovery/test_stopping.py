@@ -60,7 +60,7 @@ def test_sigterm_to_a_run_whose_first_step_does_not_end_in_time_leaves_with_75(c
     job = Job(cluster.path / "job")
     launcher = launch(cluster, job, flags=("--grace", "3s"), more=("--pause", 600))
     launcher.says("from the beginning")
-    wait_for(lambda: job.status()["attempt"], "the loop: only then is something to be saved")
+    wait_for(lambda: job.status()["attempts"], "the loop: only then is something to be saved")
     launcher.process.send_signal(signal.SIGTERM)
     launcher.says("out of time: leaving without a commit of the last step")
     assert launcher.wait() == ExitCode.PREEMPTED, launcher.text

@@ -101,8 +101,9 @@ def _unknown_treated_as_failed(stack: ExitStack) -> None:
         unknown = isinstance(event, journal.Created) and event.outcome is journal.Outcome.UNKNOWN
         if unknown and appender.record is not None and isinstance(appender.record.body, journal.CommitBody):
             idle = replace(appender, stage=journal.Stage.IDLE, record=None, data=b"", pending=appender.pending[1:])
-            turn.set(appender=idle, barrier=replace(turn.state.barrier, stage=commit.Stage.SEALED))
-            rounds.feed(turn, commit.Expired("its record could not be written"))
+            barrier = replace(turn.state.writing, stage=commit.Stage.SEALED)
+            turn.set(appender=idle, writing=barrier)
+            rounds.feed(turn, barrier.attempt, commit.Expired("its record could not be written"))
             return ()
         return real(turn, event)
 
@@ -114,9 +115,9 @@ def _stale_generation_accepted(stack: ExitStack) -> None:
     real = rounds.message
 
     def message(turn: Any, node_name: str, event: Any) -> None:
-        barrier = turn.state.barrier
-        if barrier is not None and event.attempt.step == barrier.attempt.step:
-            event = msgspec.structs.replace(event, attempt=barrier.attempt)
+        for barrier in turn.state.attempts_under_way:
+            if event.attempt.step == barrier.attempt.step:
+                event = msgspec.structs.replace(event, attempt=barrier.attempt)
         real(turn, node_name, event)
 
     stack.enter_context(patch.object(rounds, "message", message))
@@ -124,6 +125,7 @@ def _stale_generation_accepted(stack: ExitStack) -> None:
 
 def _attempt_outlives_its_generation(stack: ExitStack) -> None:
     stack.enter_context(patch.object(rounds, "undecided", lambda _turn: False))
+    stack.enter_context(patch.object(ending, "awaited", lambda *_: ()))
 
 
 def _stale_term_obeyed(stack: ExitStack) -> None:
@@ -263,7 +265,7 @@ def _snapshot_of_some_ranks_believed(stack: ExitStack) -> None:
 
 def _attempt_not_waited_for(stack: ExitStack) -> None:
     """It may still be committed, but something older is there already."""
-    stack.enter_context(patch.object(ending, "waits_for_attempt", lambda *_: False))
+    stack.enter_context(patch.object(ending, "awaited", lambda *_: ()))
 
 
 # Where a hunt for a bug that shows seldom aims a fault: the act of a coordinator, and what strikes right after it.
