@@ -14,9 +14,10 @@ from ftrain.checkpoint.staging.stage import StagePlan, Stager, Staging
 from ftrain.checkpoint.state.items import TensorItem, written_of
 from ftrain.checkpoint.writing.agreement import refuse_twice
 from ftrain.checkpoint.writing.pack_plan import CleanSlots, PackPlan
-from ftrain.core.layout import TensorSpec, WriteItem, describe, has_only_replicas, image_of, whole, write_plan
+from ftrain.core.layout import TensorSpec, describe, image_of, whole
 from ftrain.core.messages import Attempt
 from ftrain.core.node_state import SLOTS_MIN
+from ftrain.core.write_plan import WriteItem, has_only_replicas, write_plan
 from ftrain.errors import MismatchedState, OutOfMemory, ProtocolError
 
 log = logging.getLogger("ftrain.snapshot")

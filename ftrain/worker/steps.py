@@ -18,6 +18,7 @@ from ftrain.core import local
 from ftrain.core.messages import Resume
 from ftrain.core.page import Phase
 from ftrain.errors import PeerLost, UsageError
+from ftrain.worker import standing_optimizers
 from ftrain.worker.link import Armed
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ class Steps:
             return
         self._open = None
         if not self._counts:
+            standing_optimizers.stand(False)
             # A step done alone leaves no trace but what it was done for: all else is brought to the line next.
             if self._coming is not None and self._recovery is not None:
                 self._recovery.did_replay()
@@ -111,6 +113,7 @@ class Steps:
         """The step failed: it is not done. A script that goes on all the same gets it again."""
         if self._open is step:
             self._open = None
+            standing_optimizers.stand(False)
 
     def lose(self, error: BaseException) -> bool:
         """Whether `error` came of a lost peer, so that this rank can go on in place in the next generation."""
@@ -118,6 +121,7 @@ class Steps:
             return False
         self._open = None
         self._lost = True
+        standing_optimizers.stand(False)
         return True
 
     def log(self, step: Step, values: dict[str, Any]) -> None:
@@ -177,6 +181,7 @@ class Steps:
         """
         assert self._link is not None
         self._link.enter(Phase.RESTORING)
+        standing_optimizers.stand(True)
         self._open = Step.of(self, number)
         return self._open
 

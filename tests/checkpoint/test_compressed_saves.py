@@ -17,8 +17,9 @@ from ftrain.checkpoint.writing.encoded_pack import AHEAD, EncodedPack
 from ftrain.checkpoint.writing.pack_plan import PackPlan
 from ftrain.core.codec import Codec
 from ftrain.core.frames import FRAME_BYTES_MAX
-from ftrain.core.layout import CHUNK_BYTES_MAX, TensorSpec, write_plan
+from ftrain.core.layout import CHUNK_BYTES_MAX, TensorSpec
 from ftrain.core.messages import Attempt
+from ftrain.core.write_plan import write_plan
 from ftrain.errors import ExitCode, FtrainError
 from ftrain.storage.base import Effort
 from tests.checkpoint.ranks import together

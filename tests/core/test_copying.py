@@ -10,8 +10,9 @@ import pytest
 
 from ftrain.core import copying, run_state, schedule
 from ftrain.core import messages as m
-from ftrain.core.layout import Mesh, TensorSpec, has_only_replicas
+from ftrain.core.layout import Mesh, TensorSpec
 from ftrain.core.schedule import Cadence, CheckpointPolicy, Cost
+from ftrain.core.write_plan import has_only_replicas
 from tests.core import scene as scenes
 
 AUTO = CheckpointPolicy(0, 3600.0, snapshot_seconds=10.0, snapshot_auto=True)

@@ -15,18 +15,16 @@ from ftrain.core.layout import (
     Mesh,
     Shard,
     TensorSpec,
-    WriteItem,
     local_shard,
     read_plan,
     shard_index_bytes,
-    slot_layout,
     split,
     strides,
     uncovered,
     whole,
-    write_plan,
 )
 from ftrain.core.placement import local_runs, sharded
+from ftrain.core.write_plan import WriteItem, slot_layout, write_plan
 from ftrain.errors import CorruptCheckpoint, MismatchedState, UnsupportedTensor
 
 Placed = tuple[tuple[int, ...], Mesh, tuple[str, ...], Mesh, tuple[str, ...]]

@@ -23,9 +23,10 @@ from ftrain.checkpoint.writing.unchanged import Memory
 from ftrain.core import commit, journal, recovery, retention, run_state
 from ftrain.core.codec import Codec
 from ftrain.core.journal import Appender, CommitBody, History
-from ftrain.core.layout import TensorSpec, write_plan
+from ftrain.core.layout import TensorSpec
 from ftrain.core.messages import Attempt
 from ftrain.core.retention import RetentionPolicy
+from ftrain.core.write_plan import write_plan
 from ftrain.errors import CorruptCheckpoint, FtrainError
 from ftrain.storage.base import Effort, Storage
 from ftrain.storage.history import durable_history

@@ -16,7 +16,8 @@ from ftrain.control.channel import decode_from_agent, decode_from_coordinator
 from ftrain.core import journal, manifest, plain
 from ftrain.core import messages as m
 from ftrain.core.frames import Frames
-from ftrain.core.layout import TensorSpec, write_plan
+from ftrain.core.layout import TensorSpec
+from ftrain.core.write_plan import write_plan
 from ftrain.errors import FtrainError
 from tests.fuzz.messages import ATTEMPT, EARLIER, FROM_AGENT, FROM_COORDINATOR, FROM_PEER, ORIGIN
 

@@ -13,8 +13,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Partial, Placement, Replicate, Shard, _StridedShard
 
-from ftrain.core.layout import Mesh, TensorSpec, WriteItem, item_bytes, local_shard
+from ftrain.core.layout import Mesh, TensorSpec, item_bytes, local_shard
 from ftrain.core.placement import REPLICATED, sharded
+from ftrain.core.write_plan import WriteItem
 from ftrain.errors import UnsupportedTensor
 
 _shape = operator.attrgetter("shape")

@@ -8,9 +8,10 @@ from ftrain.checkpoint.exchange import encode_specs, exchange_specs
 from ftrain.checkpoint.garbage import no_collection
 from ftrain.checkpoint.peers import Peers
 from ftrain.checkpoint.writing.pack_plan import PackPlan
-from ftrain.core.layout import TensorSpec, write_plan
+from ftrain.core.layout import TensorSpec
 from ftrain.core.manifest import check_coverage
 from ftrain.core.messages import Attempt
+from ftrain.core.write_plan import write_plan
 from ftrain.errors import MismatchedState
 from ftrain.storage.zarr_view import references
 

@@ -11,9 +11,9 @@ import msgspec
 
 from ftrain._native import Mapping
 from ftrain.checkpoint.staging.arena import Arena, Image
-from ftrain.core.layout import SlotLayout, WriteItem, slot_layout
 from ftrain.core.manifest import FORMAT, BoxRecord, PackIndex, encode_boxes, encode_index
 from ftrain.core.messages import Attempt
+from ftrain.core.write_plan import SlotLayout, WriteItem, slot_layout
 
 
 class CleanSlots:
