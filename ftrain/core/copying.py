@@ -49,13 +49,17 @@ def is_sent(state: State) -> bool:
     return "" in nodes or any(len(names) < 2 for names in nodes.values())
 
 
-def is_copied(state: State, now: float) -> bool:
-    """Whether the attempt that is proposed goes to other nodes: one at a time, where there is memory for that."""
+def is_copied(state: State, persist: bool, now: float) -> bool:
+    """Whether the attempt that is proposed goes to other nodes: one at a time, where there is memory for that.
+
+    A commit's does as soon as the last one is there: what is lost with a node is older in memory than in storage
+    otherwise, and would have to be read from storage.
+    """
     if not is_sent(state):
         return False
     if _slots(state) < SLOTS or state.copying is None:
         return True
-    if now < state.copied_at + COPY_SECONDS:
+    if not persist and now < state.copied_at + COPY_SECONDS:
         return False
     return not _is_of_use(state, state.copying) or _safe(state) == state.copying
 
@@ -100,9 +104,9 @@ def _slots(state: State) -> int:
 
 
 def _is_of_use(state: State, attempt: m.Attempt) -> bool:
-    """No commit is as new."""
+    """No commit is newer."""
     commits = state.history.commits
-    return not commits or commits[-1][1].attempt.step < attempt.step
+    return not commits or commits[-1][1].attempt.step <= attempt.step
 
 
 def _safe(state: State) -> m.Attempt | None:

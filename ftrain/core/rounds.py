@@ -74,7 +74,7 @@ def propose(turn: Turn) -> None:
         generation.ranks,
         hold,
         persist,
-        copying.is_copied(state, turn.now),
+        copying.is_copied(state, persist, turn.now),
         stays,
         deadline=turn.now + state.policy.checkpoint.attempt_seconds,
     )

@@ -243,6 +243,27 @@ def test_snapshots_go_on_while_a_commit_is_written() -> None:
     assert scene.state.newest_commit
 
 
+def test_commit_goes_to_other_nodes_as_soon_as_the_last_copy_is_there() -> None:
+    """What is lost with a node is then not older in memory than in storage."""
+    scene = Scene()
+    first = scene.until_copied().attempt
+    scene.commit_due()
+    on_its_way = scene.snapshot()
+    while not on_its_way.persist:
+        on_its_way = scene.snapshot()
+    assert not on_its_way.copied, "the one before is not at its keeper yet"
+    scene.kept = (first,)
+    prepare(scene, on_its_way.attempt)
+    scene.do(run_state.Published(on_its_way.attempt, "f" * 64))
+    scene.stored()
+    second = write_commit(scene)
+    assert scene.state.copying == second
+    prepare(scene, second)
+    scene.do(run_state.Published(second, "f" * 64))
+    scene.stored()
+    assert second in copying.stays(scene.state, False, scene.now), "it is as new as the commit, and need not be read"
+
+
 def test_no_second_commit_while_one_is_written() -> None:
     scene = Scene(peer_port=0)
     write_commit(scene)
