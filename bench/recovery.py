@@ -17,6 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -150,6 +151,9 @@ def stages(found: dict[str, Outcomes]) -> list[str]:
                 f"{what} {spread([one.stages[what] for one in own.back if what in one.stages])}" for what in told
             )
             lines.append(f"{name} after that: {'; '.join(spreads)}.")
+        sources = Counter(recovery.source for recovery in own.back if recovery.source)
+        if sources:
+            lines.append(f"{name} went on from: {', '.join(f'{what} {times}' for what, times in sources.items())}.")
     return lines
 
 

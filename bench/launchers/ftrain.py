@@ -6,6 +6,7 @@ import itertools
 import json
 import subprocess
 import sys
+from typing import Any
 
 from launchers.job import Finished, Job, endpoint
 
@@ -57,9 +58,17 @@ class Ftrain(Job):
         times = {what: self._event_seconds(event, killed_at) for what, event in told.items()}
         return {what: seconds for what, seconds in times.items() if seconds is not None}
 
+    def source(self, killed_at: float) -> str:
+        """The tier: live, arena or storage."""
+        found = self._event("continues", killed_at)
+        return str(found["tier"]) if found is not None else ""
+
     def _event_seconds(self, event: str, killed_at: float) -> float | None:
-        """When ftrain's own story first tells of such an event after the kill."""
+        found = self._event(event, killed_at)
+        return float(found["unix_seconds"]) - killed_at if found is not None else None
+
+    def _event(self, event: str, killed_at: float) -> dict[str, Any] | None:
+        """The first of such events in ftrain's own story after the kill."""
         path = self.path / "run" / "events.jsonl"
         told = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        times = [one["unix_seconds"] - killed_at for one in told if one["event"] == event]
-        return next((seconds for seconds in times if seconds > 0), None)
+        return next((one for one in told if one["event"] == event and one["unix_seconds"] > killed_at), None)

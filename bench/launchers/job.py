@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import psutil
+
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 PATIENCE_SECONDS = 90.0
 HURTS = {"kill": "kill", "stop": "stop", "node": "loss of the node"}  # as a table names them
@@ -44,12 +46,14 @@ class Recovery:
     redone_steps: int
     step_seconds: float  # median of the undisturbed steps before
     stages: dict[str, float]  # what else the launcher tells of
+    source: str = ""  # what it says that the run went on from
 
     def __str__(self) -> str:
         return (
             f"new step {self.new_step_seconds:.2f} s after the kill, any step {self.first_step_seconds:.2f} s, "
             f"{self.redone_steps} redone, a step takes {self.step_seconds:.2f} s"
             + "".join(f"; {what} {seconds:.2f} s" for what, seconds in self.stages.items())
+            + (f"; from {self.source}" if self.source else "")
         )
 
 
@@ -106,6 +110,11 @@ class Job(ABC):
         """What else is known of the recovery, in seconds after the kill."""
         del killed_at
         return {}
+
+    def source(self, killed_at: float) -> str:
+        """What the run went on from after the kill, where the launcher says that."""
+        del killed_at
+        return ""
 
     def finished(self, rank: int) -> list[Finished]:
         """The steps that a rank finished together with all others."""
@@ -191,6 +200,7 @@ class Job(ABC):
             redone_steps=max(0, furthest + 1 - again[-1][0].step),
             step_seconds=step_seconds,
             stages=self.stages(killed_at),
+            source=self.source(killed_at),
         )
 
     def _step_seconds(self) -> float:
@@ -201,7 +211,8 @@ class Job(ABC):
     def _hurt(self, victim: int) -> None:
         self.is_hurt = True
         if self.args.hurt == "node":
-            self._lost = self.nodes[self.args.nodes - 1]
+            above = {process.pid for process in psutil.Process(victim).parents()}
+            self._lost = next(node for node in self.nodes if node.pid in above)  # it may be the one started as a spare
             self._lost.kill()
         os.kill(victim, signal.SIGSTOP if self.args.hurt == "stop" else signal.SIGKILL)
 

@@ -93,6 +93,7 @@ def wake_at(state: State, now: float) -> float:
     """When a `Tick` is due next. What was due by `now` has been done by the step that ended then."""
     times = [state.until, state.appender.retry_at if state.appender.stage is journal.Stage.WAITING else float("inf")]
     times += [node.lease_until for node in state.nodes.values()]
+    times += ending.looks_again_at(state)
     if state.phase is Phase.FORMING:
         times.append(state.probe_at)
     times += [barrier.deadline for barrier in state.attempts_under_way]
@@ -230,9 +231,7 @@ def _advance(turn: Turn) -> None:
             case Phase.STOPPING:
                 ending.stopping(turn)
             case Phase.SETTLING:
-                awaited = ending.awaited(turn.state, remains.connected_nodes(turn.state))
-                if not awaited or turn.now >= turn.state.until:
-                    ending.judge(turn)
+                ending.settling(turn)
             case Phase.PAUSING:
                 if turn.now >= turn.state.until:
                     turn.set(waiting_since=turn.now)

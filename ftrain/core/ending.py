@@ -104,15 +104,24 @@ def _missing(turn: Turn, is_done: Callable[[m.Report], bool]) -> list[Node]:
             continue
         if _never_started(state, name):
             continue
-        lease = state.policy.lease_seconds
-        if not node.connected and turn.now >= node.lease_until - lease + min(RECONNECT_SECONDS, lease):
+        if not node.connected and turn.now >= _back_by(state, node):
             continue  # its workers may live on, but they are fenced: nothing of theirs can be committed
         missing.append(node)
-    silent = [node for node in missing if not node.connected]
-    if silent and turn.now < state.until:
-        grace = min(RECONNECT_SECONDS, state.policy.lease_seconds)
-        turn.set(until=min(state.until, *(n.lease_until - state.policy.lease_seconds + grace for n in silent)))
     return missing
+
+
+def looks_again_at(state: State) -> list[float]:
+    """When an ending generation gives up waiting for nodes whose channels broke. The others have their own time."""
+    if state.phase not in (Phase.HALTING, Phase.STOPPING, Phase.SETTLING):
+        return []
+    members = (state.nodes.get(name) for name in state.members)
+    return [_back_by(state, node) for node in members if node is not None and not node.connected]
+
+
+def _back_by(state: State, node: Node) -> float:
+    """When a node whose channel broke is not waited for any longer."""
+    lease = state.policy.lease_seconds
+    return node.lease_until - lease + min(RECONNECT_SECONDS, lease)
 
 
 def _never_started(state: State, node: str) -> bool:
@@ -127,6 +136,26 @@ def awaited(state: State, nodes: frozenset[str]) -> tuple[Barrier, ...]:
         return ()
     line = remains.recovery_line(state, nodes)
     return tuple(one for one in state.attempts_under_way if line is None or line.step < one.attempt.step)
+
+
+def settling(turn: Turn) -> None:
+    """Wait for attempts that matter, as long as who they wait for can still be heard."""
+    state = turn.state
+    waits = [barrier for barrier in awaited(state, remains.connected_nodes(state)) if _can_end(turn, barrier)]
+    if not waits or turn.now >= state.until:
+        judge(turn)
+
+
+def _can_end(turn: Turn, barrier: Barrier) -> bool:
+    state = turn.state
+    for name in state.members:
+        member = state.generation.member(name) if state.generation is not None else None
+        if member is None or barrier.missing.isdisjoint(member.ranks):
+            continue
+        node = state.nodes.get(name)
+        if node is None or (not node.connected and turn.now >= _back_by(state, node)):
+            return False
+    return True
 
 
 def judge(turn: Turn) -> None:

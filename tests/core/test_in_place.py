@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import msgspec
 
-from ftrain.core import journal, local, node, run_state
+from ftrain.core import ending, journal, local, node, run_state
 from ftrain.core import messages as m
 from ftrain.core.membership import FormationPolicy, Generation, Member, Node, form, same_places
 from ftrain.core.page import Phase
@@ -156,6 +156,58 @@ def test_sealed_attempt_is_committed_while_the_next_generation_begins() -> None:
     assert "continues at 10 from live, 1 kept, 1 new" in lines
     assert scene.state.writing is not None
     assert scene.state.writing.attempt == attempt
+
+
+def test_attempt_that_waits_for_a_node_that_is_gone_is_given_up_at_once() -> None:
+    """Not when the node's lease runs out: its snapshot in memory is gone with it."""
+    scene = Scene().running()
+    attempt = scene.armed()
+    in_loop(scene, 10)
+    for rank in (0, 1):
+        scene.say(NODES[rank], m.Sealed(attempt, rank))
+    assert scene.state.writing is not None
+    scene.do(run_state.Disconnected("a"))
+    halted(scene, "b", 10, attempt_seen=attempt.number)
+    assert scene.state.phase in (RunPhase.RUNNING, RunPhase.HALTING)
+    for _ in range(3):
+        scene.wait(ending.RECONNECT_SECONDS / 2)
+        halted(scene, "b", 10, attempt_seen=attempt.number)
+    assert scene.state.writing is None
+    assert scene.state.phase is RunPhase.FORMING
+    assert "a" in scene.state.nodes, "its lease is not over"
+
+
+def test_ranks_that_stand_still_late_are_waited_for_although_another_node_is_gone() -> None:
+    scene = in_loop(Scene().started(), 8)
+    scene.do(run_state.Disconnected("a"))
+    scene.report("b", ranks=(rank_of("b", 8, halted=True, live=8, kept=(7, 8)),))
+    assert scene.state.phase is RunPhase.HALTING
+    busy = m.Report(
+        scene.state.reports["b"].version + 1, scene.state.number, False, 0, (rank_of("b", 8),), first_step=0
+    )
+    for _ in range(4):
+        scene.wait(ending.RECONNECT_SECONDS)
+        scene.say("b", m.Heartbeat(1, busy))
+    assert scene.state.phase is RunPhase.HALTING, "its own time is not over"
+    halted(scene, "b", 8)
+    assert scene.state.phase is RunPhase.FORMING
+    assert not scene.state.scrapped
+
+
+def test_attempt_is_waited_for_while_who_writes_it_is_heard() -> None:
+    scene = Scene().running()
+    attempt = scene.armed()
+    in_loop(scene, 10)
+    for rank in (0, 1):
+        scene.say(NODES[rank], m.Sealed(attempt, rank))
+    scene.report("a", exits=(dead("a", 10, (9, 10)),), stopped=True, attempt_seen=attempt.number)
+    scene.report("b", exits=(dead("b", 10, (9, 10)),), stopped=True, attempt_seen=attempt.number)
+    for _ in range(5):
+        scene.wait(ending.RECONNECT_SECONDS)
+        for name in NODES:
+            scene.say(name, m.Heartbeat(1, scene.state.reports[name]))
+    assert scene.state.phase is RunPhase.SETTLING
+    assert scene.state.writing is not None
 
 
 def test_notice_during_a_recovery_waits_for_its_end() -> None:
