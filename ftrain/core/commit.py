@@ -49,7 +49,8 @@ class Barrier:
     packs: tuple[PackRecord, ...] = ()
     manifest_sha256: str = ""
     cause: str = ""
-    refused_step: int = -1  # the furthest step that a refusing node had finished
+    refused: bool = False  # by a node: it was aborted before it began
+    refused_step: int = -1  # the furthest step that the refusing node had finished, where that is why
     deadline: float = float("inf")
 
     @property
@@ -213,7 +214,7 @@ def _accept(state: Barrier, event: Accepted) -> Result:
 
 
 def _refuse(state: Barrier, event: Refused) -> Result:
-    return _abort(replace(state, refused_step=event.step), f"node {event.node} refused: {event.reason}")
+    return _abort(replace(state, refused=True, refused_step=event.step), f"node {event.node} refused: {event.reason}")
 
 
 def _seal(state: Barrier, event: RankSealed) -> Result:

@@ -23,7 +23,8 @@ def notice(turn: Turn, node: str, why: str, grace_seconds: float) -> None:
     drain = state.drain
     if drain is None:
         turn.log(f"{why}: saving the last finished step, then leaving")
-        turn.set(cadence=replace(state.cadence, due=turn.now))
+        # What failed before may be no hindrance any more, and there is no time to wait for that.
+        turn.set(cadence=replace(state.cadence, due=turn.now, retry_at=0.0, commit_at=0.0))
         drain = Drain(why, frozenset({node}), turn.now + grace_seconds)
     else:
         drain = replace(drain, nodes=drain.nodes | {node}, deadline=min(drain.deadline, turn.now + grace_seconds))

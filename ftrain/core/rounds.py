@@ -302,9 +302,13 @@ def _committed(turn: Turn, barrier: Barrier) -> None:
 def _aborted(turn: Turn, barrier: Barrier) -> None:
     state = turn.state
     last = barrier.attempt.step == _total(state)
-    refused = barrier.refused_step >= 0 and not last  # after the last step there is no later one to try
-    if refused:
+    came_late = barrier.refused_step >= 0 and not last  # after the last step there is no later one to try
+    # A snapshot for which a node has no slot yet is none that failed.
+    is_put_off = barrier.refused and not barrier.persist and not came_late
+    if came_late:
         cadence = schedule.after_refusal(state.cadence, barrier.refused_step)
+    elif is_put_off:
+        cadence = schedule.put_off(state.cadence, turn.now)
     elif barrier.cause == GAVE_WAY:
         cadence = state.cadence
     else:
@@ -319,7 +323,8 @@ def _aborted(turn: Turn, barrier: Barrier) -> None:
         turn.to_members(m.Verdict(state.term, barrier.attempt, leave=False))
     if barrier.persist:
         turn.do(Discard(barrier.attempt))
-    if not refused and barrier.cause != GAVE_WAY and state.phase is Phase.RUNNING:
+    quietly = came_late or is_put_off or barrier.cause == GAVE_WAY
+    if not quietly and state.phase is Phase.RUNNING:
         step = barrier.attempt.step
         stands = recovery.standing(state.history, state.suspects)
         what = "checkpoint" if barrier.persist else "snapshot"

@@ -300,6 +300,19 @@ def test_commit_that_storage_refused_is_owed_and_keeps_no_snapshot_away() -> Non
     assert sent.attempt.step < 110, "not at the next multiple of the period"
 
 
+def test_snapshot_that_a_node_has_no_slot_for_yet_is_no_failure() -> None:
+    scene = Scene(peer_port=0)
+    scene.snapshot()
+    scene.next_step()
+    assert scene.state.barrier is not None
+    refused = scene.state.barrier.attempt
+    scene.say("a", m.ArmReply(refused, False, -1, "an earlier snapshot is still being written"))
+    assert scene.state.cadence.failures == 0
+    assert not any("given up" in line for line in scene.told)
+    scene.wait(PACE)
+    assert scene.snapshot().attempt.number > refused.number
+
+
 def test_run_goes_on_from_the_snapshot_that_is_newer_than_the_commit_that_is_written() -> None:
     scene = Scene(peer_port=0)
     attempt = write_commit(scene)

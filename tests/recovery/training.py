@@ -45,6 +45,7 @@ from ftrain.worker.recovery import Recovery
 
 SAMPLES, SAMPLES_PER_STEP, FEATURES, CLASSES = 180, 36, 8, 4
 INJURIES = "FTRAIN_TEST_INJURIES"
+SEALED_SECONDS = 2.0  # for the other ranks' seals of a snapshot, where an injury is to come after all of them
 EXACT = ("forward", "step", "after the optimizer", "at the boundary")
 
 
@@ -95,8 +96,11 @@ class Injuries:
             (self._out / f"sealed-g{self._run.generation}-{self._snapshot_step}-r{self._run.rank}").touch()
             if any(injury["point"] == "after all seals" for _, injury in self._mine):
                 sealed_by_all = f"sealed-g{self._run.generation}-{self._snapshot_step}-r*"
+                until = time.monotonic() + SEALED_SECONDS
                 while len(list(self._out.glob(sealed_by_all))) < self._run.world_size and not this.revoked:
                     time.sleep(0.001)
+                    if time.monotonic() > until:
+                        return  # it was refused elsewhere: who had seen it before seals it all the same, alone
             self.at("after all seals", self._snapshot_step)
 
         def watched_bring(this: Any, coming: Any, *arguments: Any) -> Any:
