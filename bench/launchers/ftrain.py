@@ -33,8 +33,10 @@ class Ftrain(Job):
             str(self.path / "secret"),
         ]
         common = [*FTRAIN, "launch", *self.size_flags(), *where, *self.saving_flags()]
-        spare = [common] if self.args.hurt == "node" else []
-        return [*([*common, "--node-rank", str(node)] for node in range(self.args.nodes)), *spare]
+        return [[*common, "--node-rank", str(node)] for node in range(self.args.nodes)]
+
+    def spare_of(self, command: list[str]) -> list[str]:
+        return command[: command.index("--node-rank")]  # it asks for no place of its own
 
     def saving_flags(self) -> list[str]:
         return ["--checkpoint-every", str(self.args.checkpoint_every), "--snapshot-every", self.args.snapshot_every]

@@ -25,6 +25,7 @@ import psutil
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 PATIENCE_SECONDS = 90.0
 HURTS = {"kill": "kill", "stop": "stop", "node": "loss of the node"}  # as a table names them
+SPARE_SECONDS = 10.0  # for a spare launcher, to be there and idle
 SETTLE_STEPS = 7  # before a kill: more than one checkpoint interval of undisturbed steps
 
 
@@ -137,12 +138,26 @@ class Job(ABC):
         steps = ["--steps", str(self.steps)] if self.steps is not None else []
         return ["--records", str(self.path), *flags, *steps]
 
+    def spare_of(self, command: list[str]) -> list[str]:
+        """The command of a launcher that waits for a node to be lost, by that of a node."""
+        raise NotImplementedError(command)
+
     def start(self) -> None:
         self.prepare()
+        commands = self.commands()
+        for command in commands:
+            self._start_node(command)
+        if self.args.hurt == "node":
+            # Not before: who comes first is a member.
+            self.wait(lambda: all(map(self.lines, range(self.world_size))), "a first step of each rank")
+            self._start_node(self.spare_of(commands[0]))
+            time.sleep(SPARE_SECONDS)
+
+    def _start_node(self, command: list[str]) -> None:
         script = [str(SCRIPTS / "small_gpt.py"), self.branch, *self.script_flags()]
-        for index, command in enumerate(self.commands()):
-            output = self.path / f"output-{index}.txt"
-            self.nodes.append(self.popen([*command, *script], output, self.environment(index)))
+        index = len(self.nodes)
+        output = self.path / f"output-{index}.txt"
+        self.nodes.append(self.popen([*command, *script], output, self.environment(index)))
 
     def popen(self, command: list[str], output: Path, more: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
         environment = {**os.environ, "FTRAIN_BENCH_MARK": self._mark, "OMP_NUM_THREADS": "1", **(more or {})}

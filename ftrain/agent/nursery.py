@@ -99,7 +99,10 @@ class _Nursery:
                     return self.job
 
     def _obey(self) -> bool:
-        packet, fds, _, _ = socket.recv_fds(self.agent, PACKET_BYTES_MAX, FDS_MAX)
+        try:
+            packet, fds, _, _ = socket.recv_fds(self.agent, PACKET_BYTES_MAX, FDS_MAX)
+        except ConnectionResetError:  # it was killed while something of ours was on its way to it
+            return False
         if not packet:
             return False
         match _COMMAND.decode(packet):
