@@ -38,6 +38,15 @@ def halted(scene: Scene, name: str, step: int, **more: object) -> list[str]:
     return scene.report(name, ranks=(rank,), halted=True, **more)
 
 
+def sealed(scene: Scene) -> m.Attempt:
+    """All ranks have sealed the attempt under way, of step 10, which is being written from now on."""
+    attempt = scene.armed()
+    in_loop(scene, 10)
+    for rank in (0, 1):
+        scene.say(NODES[rank], m.Sealed(attempt, rank))
+    return attempt
+
+
 def test_survivor_goes_on_in_place_with_a_newcomer() -> None:
     scene = in_loop(Scene().started(), 8)
     lines = scene.report("a", exits=(dead("a", 8, (7, 8)),))
@@ -147,10 +156,7 @@ def test_ranks_that_hang_on_their_way_are_halted_and_come_anew() -> None:
 
 def test_sealed_attempt_is_committed_while_the_next_generation_begins() -> None:
     scene = Scene().running()
-    attempt = scene.armed()
-    in_loop(scene, 10)
-    for rank in (0, 1):
-        scene.say(NODES[rank], m.Sealed(attempt, rank))
+    attempt = sealed(scene)
     scene.report("a", exits=(dead("a", 10, (9, 10)),), stopped=True, attempt_seen=attempt.number)
     lines = halted(scene, "b", 10, attempt_seen=attempt.number)
     assert "continues at 10 from live, 1 kept, 1 new" in lines
@@ -161,10 +167,7 @@ def test_sealed_attempt_is_committed_while_the_next_generation_begins() -> None:
 def test_attempt_that_waits_for_a_node_that_is_gone_is_given_up_at_once() -> None:
     """Not when the node's lease runs out: its snapshot in memory is gone with it."""
     scene = Scene().running()
-    attempt = scene.armed()
-    in_loop(scene, 10)
-    for rank in (0, 1):
-        scene.say(NODES[rank], m.Sealed(attempt, rank))
+    attempt = sealed(scene)
     assert scene.state.writing is not None
     scene.do(run_state.Disconnected("a"))
     halted(scene, "b", 10, attempt_seen=attempt.number)
@@ -196,10 +199,7 @@ def test_ranks_that_stand_still_late_are_waited_for_although_another_node_is_gon
 
 def test_attempt_is_waited_for_while_who_writes_it_is_heard() -> None:
     scene = Scene().running()
-    attempt = scene.armed()
-    in_loop(scene, 10)
-    for rank in (0, 1):
-        scene.say(NODES[rank], m.Sealed(attempt, rank))
+    attempt = sealed(scene)
     scene.report("a", exits=(dead("a", 10, (9, 10)),), stopped=True, attempt_seen=attempt.number)
     scene.report("b", exits=(dead("b", 10, (9, 10)),), stopped=True, attempt_seen=attempt.number)
     for _ in range(5):

@@ -43,21 +43,15 @@ def test_attempt_that_gives_way_to_the_leaving_is_no_failure() -> None:
 
 
 def test_leaving_waits_for_no_pause_after_a_commit_that_failed() -> None:
-    scene = in_loop_after_failures()
-    assert scene.state.barrier is None
-    scene.say("a", m.Notice("SIGTERM", 25.0))
-    assert scene.state.barrier is not None
-    assert scene.state.barrier.hold
-
-
-def in_loop_after_failures() -> Scene:
-    """Storage refuses commits, so that the next one comes after a minute."""
     scene = Scene().running()
     for _ in range(3):
         scene.gave_up("disk full")
     scene.do(run_state.Published(scene.prepared(), "", "disk full"))
     assert scene.state.cadence.commit_at == scene.now + schedule.FAILED_PAUSES_SECONDS[3]
-    return scene
+    assert scene.state.barrier is None
+    scene.say("a", m.Notice("SIGTERM", 25.0))
+    assert scene.state.barrier is not None
+    assert scene.state.barrier.hold
 
 
 @pytest.mark.parametrize(("joins", "code"), [(True, 75), (False, 76)])
