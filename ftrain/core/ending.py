@@ -148,11 +148,10 @@ def settling(turn: Turn) -> None:
 
 def _can_end(turn: Turn, barrier: Barrier) -> bool:
     state = turn.state
-    for name in state.members:
-        member = state.generation.member(name) if state.generation is not None else None
-        if member is None or barrier.missing.isdisjoint(member.ranks):
+    for member in state.generation.members if state.generation is not None else ():
+        if barrier.missing.isdisjoint(member.ranks):
             continue
-        node = state.nodes.get(name)
+        node = state.nodes.get(member.node)
         if node is None or (not node.connected and turn.now >= _back_by(state, node)):
             return False
     return True

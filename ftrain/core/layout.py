@@ -268,9 +268,9 @@ def read_plan(wanted: Sequence[tuple[str, Box]], entries: Iterable[Entry]) -> li
 
 def split(piece: Piece, nbytes_max: int = PIECE_BYTES_MAX) -> list[Piece]:
     """The piece in parts that each need at most `nbytes_max` bytes in memory (or one element, where that is more)."""
-    todo, done = [piece], []
-    while todo:
-        part = todo.pop()
+    rest, done = [piece], []
+    while rest:
+        part = rest.pop()
         dim = next((dim for dim, size in enumerate(part.box.shape) if size > 1), None)
         if part.nbytes <= nbytes_max or dim is None:
             done.append(part)
@@ -280,7 +280,7 @@ def split(piece: Piece, nbytes_max: int = PIECE_BYTES_MAX) -> list[Piece]:
             offset, shape = list(part.box.offset), list(part.box.shape)
             offset[dim] += start
             shape[dim] = size
-            todo.append(_piece(part.wanted, part.entry, Box(tuple(offset), tuple(shape))))
+            rest.append(_piece(part.wanted, part.entry, Box(tuple(offset), tuple(shape))))
     return done
 
 

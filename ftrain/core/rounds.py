@@ -54,9 +54,7 @@ def propose(turn: Turn) -> None:
         policy = copying.policy(state, turn.now)
         turn.set(cadence=schedule.no_later(policy, state.cadence, turn.now))
         cadence = turn.state.cadence
-        found = schedule.next_proposal(
-            policy, cadence, state.furthest, total, turn.now, writing=state.writing is not None
-        )
+        found = schedule.next_proposal(policy, cadence, state.furthest, total, turn.now, blocked=blocked)
         if found is None:
             return
         step, hold, persist = found.step, False, found.persist

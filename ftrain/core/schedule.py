@@ -83,15 +83,15 @@ class Proposal:
 
 
 def next_proposal(
-    policy: CheckpointPolicy, cadence: Cadence, furthest: int, total: int, now: float, *, writing: bool = False
+    policy: CheckpointPolicy, cadence: Cadence, furthest: int, total: int, now: float, *, blocked: bool = False
 ) -> Proposal | None:
-    """What to propose now, or None. `furthest`: steps that the front rank finished; `writing`: a commit is under way.
+    """What to propose now, or None. `furthest`: steps that the front rank finished; `blocked`: no commit, for now.
 
     A snapshot comes before a commit only where the commit's step can still be armed after it; a commit whose step was
     missed all the same comes first the next time.
     """
     committed = kept = None
-    if not policy.off and not writing and now >= max(cadence.due, cadence.commit_at):
+    if not policy.off and not blocked and now >= cadence.due:
         step = _next_step(0 if cadence.owed else policy.every_steps, cadence, furthest)
         # The last state is always worth a commit.
         committed = Proposal(min(step, total) if total else step, persist=True)
