@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from ftrain import _native
 from ftrain.agent import peer_wire as wire
+from ftrain.agent.arriving import Arriving
 from ftrain.checkpoint.staging.arena import Arena
 from ftrain.checkpoint.staging.memory import available_bytes
 from ftrain.core import keeping
@@ -35,31 +36,19 @@ class Copy:
     attempt: m.Attempt
     fd: int
     arena: Arena
-    image_bytes: int = 0
-    index_bytes: int = 0
-    index: bytearray = field(default_factory=bytearray)
+    content: Arriving
     checksums: list[int] = field(default_factory=list)
     readers: int = 0
 
-    @property
-    def nbytes(self) -> int:
-        return self.image_bytes + self.index_bytes
-
-    @property
-    def arrived_bytes(self) -> int:
-        return min(len(self.checksums) * wire.CHUNK_BYTES, self.nbytes)
-
-    def take(self, data: bytes, checksum: int) -> None:
-        """The next chunk. It has the size that its place asks for."""
-        of_image = max(0, min(len(data), self.image_bytes - self.arrived_bytes))
-        if of_image:
-            self.arena.view(0, self.arrived_bytes, of_image)[:] = data[:of_image]
-        self.index += data[of_image:]
+    def take(self, data: wire.Data, checksum: int) -> None:
+        """The next chunk, which lies where `content.place` said."""
+        self.content.take(data)
         self.checksums.append(checksum)
 
-    def chunk(self, number: int) -> bytes:
-        """A chunk as it came. Raises `CorruptCheckpoint` where it is not any more."""
-        data = wire.chunk_of(self.arena.view(0, 0, self.image_bytes), self.index, number * wire.CHUNK_BYTES)
+    def chunk(self, number: int) -> wire.Data:
+        """A chunk as it came, for now. Raises `CorruptCheckpoint` where it is not any more."""
+        image = self.arena.view(0, 0, self.content.image_bytes)
+        data = wire.chunk_of(image, self.content.index, number * wire.CHUNK_BYTES)
         if _native.crc32c(data) != self.checksums[number]:
             raise CorruptCheckpoint(f"the copy of rank {self.rank}'s snapshot of {self.attempt} is damaged")
         return data
@@ -88,13 +77,13 @@ class Copies:
         """What is sent in this generation is of no use any more."""
         return generation < self._kept.generation
 
-    def take_boundary(self, message: wire.Boundary, data: bytes) -> None:
+    def take_boundary(self, message: wire.Boundary, data: wire.Data) -> None:
         if self.is_past(message.generation) or not self._knows_or_may(message.rank):
             return
         if len(data) > wire.CHUNK_BYTES and len(data) > available_bytes() // MEMORY_SHARE:
             self._warn(f"the private state of rank {message.rank} has {len(data)} bytes, which are not available here")
             return
-        self._boundaries[message.rank, message.step] = (data, message.crc32c)
+        self._boundaries[message.rank, message.step] = (bytes(data), message.crc32c)
         kept = self._kept
         self._become(
             keeping.took_boundary(kept, message.generation, message.rank, message.step, message.shard, message.replays)
@@ -108,7 +97,8 @@ class Copies:
         copy = self._spare.pop(message.rank, None)
         if copy is None:
             fd = _native.memory_file(f"ftrain-peer-{message.rank}")
-            copy = Copy(message.rank, message.attempt, fd, Arena(fd))
+            arena = Arena(fd)
+            copy = Copy(message.rank, message.attempt, fd, arena, Arriving(arena, 0, 0, 0))
         try:
             lacking = message.image_bytes + message.index_bytes - copy.arena.nbytes
             available = available_bytes()
@@ -132,8 +122,8 @@ class Copies:
             if isinstance(error, OutOfMemory):
                 self._warn(str(error))
             raise
-        copy.attempt, copy.image_bytes, copy.index_bytes = message.attempt, message.image_bytes, message.index_bytes
-        copy.index, copy.checksums = bytearray(), []
+        copy.attempt, copy.checksums = message.attempt, []
+        copy.content = Arriving(copy.arena, 0, message.image_bytes, message.index_bytes)
         return copy
 
     def take_snapshot(self, copy: Copy, generation: int) -> None:

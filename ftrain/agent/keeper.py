@@ -40,20 +40,17 @@ class Keeper:
         await asyncio.gather(*self._visits, return_exceptions=True)
         self._refusals.close()
 
-    def _protocol(self) -> asyncio.Protocol:
-        def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            task = asyncio.get_running_loop().create_task(self._serve(reader, writer, protocol))
+    def _protocol(self) -> Wire:
+        def connected(peer: Wire, transport: asyncio.Transport) -> None:
+            peer.where = f"the agent at {address_text(transport.get_extra_info('peername'))}"
+            task = asyncio.get_running_loop().create_task(self._serve(peer))
             self._visits.add(task)
             task.add_done_callback(self._visits.discard)
 
-        protocol = asyncio.StreamReaderProtocol(asyncio.StreamReader(wire.BUFFER_BYTES), connected)
-        return protocol
+        return Wire(connected)
 
-    async def _serve(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, protocol: asyncio.BaseProtocol
-    ) -> None:
-        opening = self._door.opening(protocol)
-        peer = Wire(reader, writer, f"the agent at {address_text(writer.get_extra_info('peername'))}")
+    async def _serve(self, peer: Wire) -> None:
+        opening = self._door.opening(peer)
         visit = _Visit(self._copies, peer)
         try:
             if (first := await peer.receive()) is None:
@@ -64,7 +61,7 @@ class Keeper:
                 raise ProtocolError(f"{peer.where} is one too many: {CONNECTIONS_MAX} are here")
             if opening is not None:
                 opening.over()
-            while (received := await peer.receive()) is not None:
+            while (received := await peer.receive(visit.place)) is not None:
                 await visit.heard(*received)
         except ProtocolError as error:
             self._refusals.add(f"refused peer copies: {error}")
@@ -89,7 +86,13 @@ class _Visit:
         self._generation = 0  # in which that is sent
         self._unwanted = False  # chunks that come are of a snapshot that is not taken
 
-    async def heard(self, message: wire.Message, data: bytes) -> None:
+    def place(self, message: wire.Message, nbytes: int) -> memoryview | None:
+        """Where the bytes of a message belong."""
+        if self._coming is None or not isinstance(message, wire.Chunk):
+            return None
+        return self._coming.content.place(message.offset, nbytes)
+
+    async def heard(self, message: wire.Message, data: wire.Data) -> None:
         """Answer one message. Raises `ProtocolError` for one that has no place here."""
         match message:
             case wire.Boundary():
@@ -122,26 +125,22 @@ class _Visit:
         except OutOfMemory as error:
             await self._peer.send(wire.NoRoom(str(error)))
 
-    def _chunk(self, offset: int, data: bytes, checksum: int) -> None:
+    def _chunk(self, offset: int, data: wire.Data, checksum: int) -> None:
         if self._unwanted:
             return
         copy = self._coming
-        if (
-            copy is None
-            or offset != copy.arrived_bytes
-            or len(data) != min(wire.CHUNK_BYTES, copy.nbytes - offset)
-            or not data
-        ):
+        if copy is None or not copy.content.follows(offset, len(data)):
             raise ProtocolError(f"{self._peer.where} sent a chunk that does not follow")
         copy.take(data, checksum)
-        if copy.arrived_bytes == copy.nbytes:
+        if copy.content.is_whole:
             self._coming = None
             self._copies.take_snapshot(copy, self._generation)
 
     async def _give(self, rank: int, attempt: m.Attempt) -> None:
         try:
             with self._copies.snapshot(rank, attempt) as copy:
-                announced = wire.Snapshot(attempt.generation, rank, attempt, copy.image_bytes, copy.index_bytes)
+                content = copy.content
+                announced = wire.Snapshot(attempt.generation, rank, attempt, content.image_bytes, content.index_bytes)
                 await self._peer.send(announced)
                 for number, checksum in enumerate(copy.checksums):
                     await self._peer.send(wire.Chunk(number * wire.CHUNK_BYTES, checksum), copy.chunk(number))

@@ -164,7 +164,7 @@ class Sender:
             held = tuple(self._held().values())
             await peer.send(wire.Snapshot(self._generation, one.rank, attempt, len(image), len(index), held))
             for offset in range(0, len(image) + len(index), wire.CHUNK_BYTES):
-                # Looked at and copied without a wait in between: nobody arms the slot meanwhile.
+                # Looked at and taken without a wait in between: nobody arms the slot meanwhile.
                 if self._held().get(slot) != attempt:
                     return  # it is wanted again
                 data = wire.chunk_of(image, index, offset)
@@ -174,7 +174,7 @@ class Sender:
                     if self._no_room:
                         return
 
-    async def _paced(self, peer: Wire, message: wire.Message, data: bytes) -> None:
+    async def _paced(self, peer: Wire, message: wire.Message, data: wire.Data) -> None:
         now = asyncio.get_running_loop().time()
         await peer.send(message, data)
         self._free_at = max(self._free_at, now) + len(data) / BYTES_PER_SECOND_MAX

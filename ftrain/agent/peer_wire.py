@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import ssl
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Annotated
 
 import msgspec
@@ -25,10 +25,10 @@ from ftrain.errors import ProtocolError
 HEADER_BYTES_MAX = 64 << 10
 CHUNK_BYTES = 256 << 10
 BOUNDARY_BYTES_MAX = 16 << 20  # private state that is larger is not copied
-BUFFER_BYTES = 1 << 20  # of one connection, before the other side has to wait
 CONNECT_SECONDS = 5.0
 _LENGTHS = struct.Struct("<II")
 
+Data = bytes | bytearray | memoryview
 Crc32c = Annotated[int, msgspec.Meta(ge=0, le=0xFFFFFFFF)]
 
 
@@ -97,13 +97,18 @@ Message = Greet | Boundary | Snapshot | Chunk | NoRoom | WantBoundaries | WantSn
 _DECODER: msgspec.json.Decoder[Message] = msgspec.json.Decoder(Message)
 
 
+Place = Callable[[Message, int], memoryview | None]  # where so many bytes of a message belong; None: anywhere
+
+
 @contextlib.asynccontextmanager
 async def connect(context: ssl.SSLContext, peer: Peer, greeting: Greet) -> AsyncIterator[Wire]:
     """A connection to a keeper, on which we have greeted. Raises `OSError`, `TimeoutError` where there is none."""
+    wire = Wire()
     async with asyncio.timeout(CONNECT_SECONDS):
-        reader, writer = await asyncio.open_connection(peer.address, peer.port, ssl=context, limit=BUFFER_BYTES)
-    bound_silence(writer.get_extra_info("socket"))
-    wire = Wire(reader, writer, f"the agent at {endpoint_text(peer.address, peer.port)}")
+        loop = asyncio.get_running_loop()
+        transport, _ = await loop.create_connection(lambda: wire, peer.address, peer.port, ssl=context)
+    bound_silence(transport.get_extra_info("socket"))
+    wire.where = f"the agent at {endpoint_text(peer.address, peer.port)}"
     try:
         await wire.send(greeting)
         yield wire
@@ -111,49 +116,173 @@ async def connect(context: ssl.SSLContext, peer: Peer, greeting: Greet) -> Async
         wire.abort()
 
 
-def chunk_of(image: memoryview, index: bytes | bytearray, offset: int) -> bytes:
-    """The chunk at `offset` of the image followed by the index."""
-    beyond = offset - len(image)
-    return bytes(image[offset : offset + CHUNK_BYTES]) + bytes(index[max(0, beyond) : max(0, beyond + CHUNK_BYTES)])
+def chunk_of(image: memoryview, index: bytes | bytearray, offset: int) -> Data:
+    """The chunk at `offset` of the image followed by the index: the image's own memory where it is of that alone."""
+    part, beyond = image[offset : offset + CHUNK_BYTES], offset - len(image)
+    rest = index[max(0, beyond) : max(0, beyond + CHUNK_BYTES)]
+    return bytes(part) + bytes(rest) if rest else part
 
 
-class Wire:
-    """One connection, for one reader and one writer. `where` is the other side in words."""
+class Frame:
+    """One frame as it comes: its next bytes belong into `room`, and `came` says how many are there."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, where: str) -> None:
-        self.where = where
-        self._reader = reader
-        self._writer = writer
+    def __init__(self, where: str, place: Place = lambda _message, _nbytes: None) -> None:
+        self.message: Message | None = None
+        self.data: Data = b""
+        self.is_whole = False
+        self._where = where
+        self._place = place
+        self._data_bytes: int | None = None
+        self._begin(memoryview(bytearray(_LENGTHS.size)))
 
-    async def send(self, message: Message, data: bytes = b"") -> None:
-        """Send one frame, and wait while the other side is behind. Raises `OSError`."""
-        header = msgspec.json.encode(message)
-        self._writer.write(_LENGTHS.pack(len(header), len(data)) + header + data)
-        await self._writer.drain()
+    def room(self) -> memoryview:
+        """Never empty before the frame is whole."""
+        return self._room[self._came :]
 
-    async def receive(self) -> tuple[Message, bytes] | None:
-        """The next message and its bytes; None when the connection has ended. Raises `ProtocolError`, `OSError`."""
-        try:
-            lengths = await self._reader.readexactly(_LENGTHS.size)
-        except asyncio.IncompleteReadError:
-            return None
-        header_bytes, data_bytes = _LENGTHS.unpack(lengths)
+    def came(self, nbytes: int) -> None:
+        """Raises `ProtocolError` where this cannot become a frame."""
+        self._came += nbytes
+        if self._came < len(self._room):
+            return
+        if self._data_bytes is None:
+            self._lengths()
+        elif self.message is None:
+            self._header(self._data_bytes)
+        else:
+            self._finish(self._room)
+
+    def _begin(self, room: memoryview) -> None:
+        self._room, self._came = room, 0
+
+    def _lengths(self) -> None:
+        header_bytes, data_bytes = _LENGTHS.unpack(self._room)
         if header_bytes > HEADER_BYTES_MAX or data_bytes > BOUNDARY_BYTES_MAX:
-            raise ProtocolError(f"{self.where} sent a frame of {header_bytes} + {data_bytes} bytes, more than one has")
+            raise ProtocolError(f"{self._where} sent a frame of {header_bytes} + {data_bytes} bytes, more than one has")
+        self._data_bytes = data_bytes
+        self._begin(memoryview(bytearray(header_bytes)))
+        if not header_bytes:
+            self._header(data_bytes)
+
+    def _header(self, data_bytes: int) -> None:
         try:
-            message = _DECODER.decode(await self._reader.readexactly(header_bytes))
-            data = await self._reader.readexactly(data_bytes)
-        except asyncio.IncompleteReadError:
-            return None
+            self.message = _DECODER.decode(self._room)
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-            raise ProtocolError(printable(f"{self.where} sent what is not a message: {error}")) from None
-        if isinstance(message, Boundary | Chunk):
-            if _native.crc32c(data) != message.crc32c:
-                raise ProtocolError(f"{self.where} sent bytes that do not match their checksum")
-        elif data:
-            raise ProtocolError(f"{self.where} sent {data_bytes} bytes with a message that has none")
-        return message, data
+            raise ProtocolError(printable(f"{self._where} sent what is not a message: {error}")) from None
+        if data_bytes and not isinstance(self.message, Boundary | Chunk):
+            raise ProtocolError(f"{self._where} sent {data_bytes} bytes with a message that has none")
+        if not data_bytes:
+            self._finish(memoryview(b""))
+            return
+        placed = self._place(self.message, data_bytes)
+        self._begin(memoryview(bytearray(data_bytes)) if placed is None else placed)
+
+    def _finish(self, data: memoryview) -> None:
+        if isinstance(self.message, Boundary | Chunk) and _native.crc32c(data) != self.message.crc32c:
+            raise ProtocolError(f"{self._where} sent bytes that do not match their checksum")
+        self.data, self.is_whole = data, True
+
+
+class Wire(asyncio.BufferedProtocol):
+    """One connection, for one reader and one writer. `where` is the other side in words.
+
+    Nothing is read but the frame that is waited for, and its bytes go from TLS to where they belong. `connected` is
+    called once the connection is there.
+    """
+
+    def __init__(self, connected: Callable[[Wire, asyncio.Transport], None] | None = None) -> None:
+        self.where = ""
+        self._connected = connected
+        self._frame: Frame | None = None
+        self._arrives: asyncio.Future[None] | None = None  # the frame is whole, or never will be
+        self._ended: Exception | None = None
+        self._writable = asyncio.Event()
+        self._writable.set()
+
+    async def send(self, message: Message, data: Data = b"") -> None:
+        """Send one frame, and wait while the other side is behind. Raises `OSError`.
+
+        The bytes are taken before this waits for anything.
+        """
+        header = msgspec.json.encode(message)
+        self._check_writable()
+        self._transport.writelines([_LENGTHS.pack(len(header), len(data)) + header, data])
+        await self._writable.wait()
+        self._check_writable()
+
+    async def receive(self, place: Place = lambda _message, _nbytes: None) -> tuple[Message, Data] | None:
+        """The next message and its bytes; None when the connection has ended. Raises `ProtocolError`, `OSError`.
+
+        `place` is asked where the bytes belong when the message is there. After a receive that was cancelled nothing
+        more can be received.
+        """
+        frame = self._frame = Frame(self.where, place)
+        self._arrives = asyncio.get_running_loop().create_future()
+        try:
+            if self._ended is None:
+                self._transport.resume_reading()
+                await self._arrives
+            if frame.is_whole:
+                assert frame.message is not None
+                return frame.message, frame.data
+        finally:
+            self._frame = self._arrives = None
+            self._pause()
+        assert self._ended is not None
+        if isinstance(self._ended, EOFError):
+            return None
+        raise self._ended
 
     def abort(self) -> None:
         """End the connection now."""
-        self._writer.transport.abort()
+        self._transport.abort()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        transport.pause_reading()
+        if self._connected is not None:
+            self._connected(self, transport)
+
+    def get_buffer(self, _sizehint: int) -> memoryview:
+        assert self._frame is not None, "reading is paused while no frame is waited for"
+        return self._frame.room()
+
+    def buffer_updated(self, nbytes: int) -> None:
+        assert self._frame is not None
+        try:
+            self._frame.came(nbytes)
+        except ProtocolError as error:
+            self._end(error)
+        else:
+            if self._frame.is_whole:
+                self._wake()
+
+    def pause_writing(self) -> None:
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        self._writable.set()
+
+    def eof_received(self) -> None:
+        self._end(EOFError())
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._end(error or EOFError())
+        self._writable.set()
+
+    def _end(self, error: Exception) -> None:
+        self._ended = self._ended or error
+        self._wake()
+
+    def _wake(self) -> None:
+        self._pause()
+        if self._arrives is not None and not self._arrives.done():
+            self._arrives.set_result(None)
+
+    def _pause(self) -> None:
+        if not self._transport.is_closing():
+            self._transport.pause_reading()
+
+    def _check_writable(self) -> None:
+        if self._ended is not None:
+            raise ConnectionResetError(f"{self.where} hung up") from self._ended

@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 
 from ftrain.agent import peer_wire as wire
+from ftrain.agent.arriving import Arriving
 from ftrain.agent.copies import Copies
 from ftrain.agent.keeper import Keeper
 from ftrain.agent.peer_sender import Rank, Sender
@@ -92,7 +93,7 @@ async def _fetch_boundaries(keeper: Wire, rank: int, line: m.Line, memory: RankM
         message, data = answer
         if not isinstance(message, wire.Boundary) or message.rank != rank:
             raise ProtocolError(f"{keeper.where} answered with {type(message).__name__}")
-        box.write(message.step, data)
+        box.write(message.step, bytes(data))
     needed = line.step - 1 if rank in line.replay else line.step
     if box.read(needed) is None:
         raise PeerLost(f"{keeper.where} has no private state of rank {rank} at step {needed} any more")
@@ -107,32 +108,29 @@ async def _fetch_snapshot(
         raise ProtocolError(f"{keeper.where} announced {type(announced).__name__} instead of that snapshot")
     if announced.index_bytes > INDEX_BYTES_MAX:
         raise ProtocolError(f"{keeper.where} announced an index of {announced.index_bytes} bytes")
-    arena, image_bytes = memory.arena, announced.image_bytes
+    arena = memory.arena
     # Taking and touching memory takes its time.
-    await asyncio.to_thread(arena.reserve, SLOTS_MIN, image_bytes, announced.index_bytes, 0)
-    index = bytearray()
-    arrived_bytes = 0
-    while not isinstance((answer := await _answer(keeper))[0], wire.Done):
+    await asyncio.to_thread(arena.reserve, SLOTS_MIN, announced.image_bytes, announced.index_bytes, 0)
+    coming = Arriving(arena, FETCHED_SLOT, announced.image_bytes, announced.index_bytes)
+
+    def place(message: wire.Message, nbytes: int) -> memoryview | None:
+        return coming.place(message.offset, nbytes) if isinstance(message, wire.Chunk) else None
+
+    while not isinstance((answer := await _answer(keeper, place))[0], wire.Done):
         message, data = answer
-        if not isinstance(message, wire.Chunk) or message.offset != arrived_bytes or not data:
+        if not isinstance(message, wire.Chunk) or not coming.follows(message.offset, len(data)):
             raise ProtocolError(f"{keeper.where} sent a chunk that does not follow")
         if not wanted():
             raise PeerLost("the generation that it was for is over")
-        of_image = max(0, min(len(data), image_bytes - arrived_bytes))
-        if of_image:
-            arena.view(FETCHED_SLOT, arrived_bytes, of_image)[:] = data[:of_image]
-        index += data[of_image:]
-        arrived_bytes += len(data)
-        if arrived_bytes > image_bytes + announced.index_bytes:
-            raise ProtocolError(f"{keeper.where} sent more than it announced")
-    if arrived_bytes != image_bytes + announced.index_bytes:
-        raise ProtocolError(f"{keeper.where} sent {arrived_bytes} bytes of a larger snapshot")
-    arena.write_index(FETCHED_SLOT, bytes(index))
+        coming.take(data)
+    if not coming.is_whole:
+        raise ProtocolError(f"{keeper.where} sent {coming.arrived_bytes} bytes of a larger snapshot")
+    arena.write_index(FETCHED_SLOT, bytes(coming.index))
 
 
-async def _answer(keeper: Wire) -> tuple[wire.Message, bytes]:
+async def _answer(keeper: Wire, place: wire.Place = lambda _message, _nbytes: None) -> tuple[wire.Message, wire.Data]:
     async with asyncio.timeout(SILENCE_SECONDS):
-        received = await keeper.receive()
+        received = await keeper.receive(place)
     if received is None:
         raise ConnectionResetError(f"{keeper.where} hung up")
     if isinstance(received[0], wire.Gone):

@@ -63,7 +63,7 @@ class Door:
     def __init__(
         self,
         context: ssl.SSLContext,
-        make_protocol: Callable[[], asyncio.Protocol],
+        make_protocol: Callable[[], asyncio.BaseProtocol],
         refusals: Refusals,
     ) -> None:
         self._context = context

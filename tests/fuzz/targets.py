@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import struct
@@ -58,26 +57,15 @@ def _plain(data: bytes) -> None:
     plain.decode(value)
 
 
-_loop = asyncio.new_event_loop()  # a reader asks for one; nothing is ever run on it
-_loop.close()
-
-
 def _peer(data: bytes) -> None:
-    async def receive() -> None:
-        reader = asyncio.StreamReader(loop=_loop)
-        reader.feed_data(data)
-        reader.feed_eof()
-        wire = peer_wire.Wire(reader, None, "a peer")  # type: ignore[arg-type]  # it writes nothing
-        while await wire.receive() is not None:
-            pass
-
-    coroutine = receive()
-    try:
-        coroutine.send(None)  # all is there already: it never waits
-    except StopIteration:
-        return
-    finally:
-        coroutine.close()
+    while data:
+        frame = peer_wire.Frame("a peer")
+        while data and not frame.is_whole:
+            room = frame.room()
+            part = data[: len(room)]
+            room[: len(part)] = part
+            frame.came(len(part))
+            data = data[len(part) :]
 
 
 def _peer_message(data: bytes) -> None:
