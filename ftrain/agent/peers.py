@@ -17,11 +17,11 @@ from ftrain.agent.keeper import Keeper
 from ftrain.agent.peer_sender import Rank, Sender
 from ftrain.agent.peer_wire import Wire
 from ftrain.agent.workers import RankMemory
+from ftrain.checkpoint.staging.arena import with_slack
 from ftrain.checkpoint.staging.black_box import BlackBox
 from ftrain.control.secret import Secret
 from ftrain.core import messages as m
 from ftrain.core.manifest import INDEX_BYTES_MAX
-from ftrain.core.node_state import SLOTS_MIN
 from ftrain.errors import OutOfMemory, PeerLost, ProtocolError
 
 SILENCE_SECONDS = 10.0  # of a keeper that was asked for something
@@ -109,8 +109,10 @@ async def _fetch_snapshot(
     if announced.index_bytes > INDEX_BYTES_MAX:
         raise ProtocolError(f"{keeper.where} announced an index of {announced.index_bytes} bytes")
     arena = memory.arena
-    # Taking and touching memory takes its time.
-    await asyncio.to_thread(arena.reserve, SLOTS_MIN, announced.image_bytes, announced.index_bytes, 0)
+    # Taking and touching memory takes its time, and the rank waits: it reserves other slots itself, while it trains.
+    await asyncio.to_thread(
+        arena.reserve, FETCHED_SLOT + 1, announced.image_bytes, with_slack(announced.index_bytes), 0
+    )
     coming = Arriving(arena, FETCHED_SLOT, announced.image_bytes, announced.index_bytes)
 
     def place(message: wire.Message, nbytes: int) -> memoryview | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ftrain.checkpoint.exchange import encode_plain, encode_specs, exchange_specs
-from ftrain.checkpoint.staging.arena import Arena
+from ftrain.checkpoint.staging.arena import Arena, with_slack
 from ftrain.checkpoint.staging.stage import StagePlan, Stager, Staging
 from ftrain.checkpoint.state.items import TensorItem, written_of
 from ftrain.checkpoint.writing.agreement import refuse_twice
@@ -21,7 +21,6 @@ from ftrain.core.write_plan import WriteItem, has_only_replicas, write_plan
 from ftrain.errors import MismatchedState, OutOfMemory, ProtocolError
 
 log = logging.getLogger("ftrain.snapshot")
-INDEX_SLACK_BYTES = 256 << 10
 PRIVATE_SLACK_BYTES = 256 << 10
 
 
@@ -69,12 +68,20 @@ class Snapshotter:
         self._written: tuple[WriteItem, ...] = ()
         self._ready: _Ready | None = None
         self._slots = CleanSlots(arena)
+        self._room = (0, 0)  # for an image and for an index, in bytes
+        self._has_own = False  # of some of the state there is nothing on any other rank
 
     def plan(self, items: Sequence[TensorItem], plain: Mapping[str, object] | None = None) -> None:
-        """Agree with all ranks on who writes what, and reserve the arena. A collective: all ranks call it together.
+        """`agree`, and make ready to `take`."""
+        self.agree(items, plain)
+        self.reserve()
+        self.pin()
+
+    def agree(self, items: Sequence[TensorItem], plain: Mapping[str, object] | None = None) -> None:
+        """Agree with all ranks on who writes what. A collective: all ranks call it together.
 
         To be called again when tensors that ranks share came, went or changed shape. Raises `MismatchedState` on
-        every rank where ranks disagree; `NotPlainData` and `OutOfMemory` as they apply here.
+        every rank where ranks disagree; `NotPlainData` as it applies here.
         """
         specs = [item.spec for item in items if not item.spec.private]
         refuse_twice([item.spec for item in items])
@@ -85,12 +92,24 @@ class Snapshotter:
         pack = self._prepare(items).pack
         index = pack.encode(pack.index(Attempt(0, 0, 0), encode_plain(plain or {})))
         private = sum(write.nbytes for write in pack.writes if write.spec.private)
-        room = image_of(pack.layout.payload_bytes + private // 4 + PRIVATE_SLACK_BYTES)[-1]
-        self._arena.reserve(SLOTS_MIN, room, _with_slack(index), self._bytes_max)
-        if self._slots_wanted > SLOTS_MIN and not has_only_replicas(everybody):
-            self._reserve_more(room, _with_slack(index))
+        image_bytes = image_of(pack.layout.payload_bytes + private // 4 + PRIVATE_SLACK_BYTES)[-1]
+        self._room = (image_bytes, with_slack(len(index)))
+        self._has_own = not has_only_replicas(everybody)
+
+    def reserve(self) -> None:
+        """Have memory for what was agreed on, in any thread while nothing is taken. Raises `OutOfMemory`.
+
+        It takes as long as the host needs to give that much memory, which is seconds where there is much of it.
+        """
+        self._arena.reserve(SLOTS_MIN, *self._room, self._bytes_max)
+        if self._slots_wanted > SLOTS_MIN and self._has_own:
+            self._reserve_more()
+
+    def pin(self) -> None:
+        """Let devices copy to what was reserved."""
+        assert self._ready is not None, "agree comes first"
         images = [self._arena.image(slot) for slot in range(self._arena.slots)]
-        if hindrance := self._stager.pin(images, [item.local for item in items]):
+        if hindrance := self._stager.pin(images, [item.local for item in self._ready.items]):
             log.warning("snapshots of what is on the GPU are slower than they could be: %s", hindrance)
 
     def take(
@@ -124,9 +143,9 @@ class Snapshotter:
         """How many snapshots the arena has memory for."""
         return self._arena.slots
 
-    def _reserve_more(self, image_bytes: int, index_bytes: int) -> None:
+    def _reserve_more(self) -> None:
         try:
-            self._arena.reserve(self._slots_wanted, image_bytes, index_bytes, self._bytes_max)
+            self._arena.reserve(self._slots_wanted, *self._room, self._bytes_max)
         except OutOfMemory as error:
             log.warning("snapshots in memory are less frequent than they could be: no slot more, %s", error)
 
@@ -161,7 +180,3 @@ class Snapshotter:
         raise MismatchedState(
             f"the tracked tensors changed since they were planned: {'; '.join((gone + new + other)[:5])}"
         )
-
-
-def _with_slack(index: bytes) -> int:
-    return len(index) + len(index) // 4 + INDEX_SLACK_BYTES

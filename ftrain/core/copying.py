@@ -32,7 +32,9 @@ def slots_wanted(state: State) -> int:
 def policy(state: State, now: float) -> CheckpointPolicy:
     """The run's, where snapshots in memory are as frequent as they are to be for what its ranks hold."""
     given = state.policy.checkpoint
-    if not given.snapshot_auto or not _is_rare(state) or (is_sent(state) and _slots(state) < SLOTS):
+    if not given.snapshot_auto or not _is_rare(state) or not _has_memory(state):
+        return given
+    if is_sent(state) and _slots(state) < SLOTS:
         return given
     steps = max(1, ceil(state.cadence.pace_seconds * steps_per_second(state, now)))
     return replace(given, snapshot_steps=steps, snapshot_seconds=0.0)
@@ -95,6 +97,11 @@ def _is_rare(state: State) -> bool:
     """Some rank holds what no other one does, as far as all have said, and others would go on without it."""
     ranks = Counter(rank.shard for name in state.members for rank in state.report(name).ranks)
     return ranks.total() > 1 and "" not in ranks and min(ranks.values()) < 2
+
+
+def _has_memory(state: State) -> bool:
+    """A rank that still reserves its arena would have to wait for that at its next snapshot."""
+    return all(rank.slots for name in state.members for rank in state.report(name).ranks)
 
 
 def _slots(state: State) -> int:

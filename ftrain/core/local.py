@@ -63,11 +63,11 @@ class WorkerLooping(msgspec.Struct, frozen=True, tag="looping", tag_field="kind"
 
 
 class WorkerPlanned(msgspec.Struct, frozen=True, tag="planned", tag_field="kind", forbid_unknown_fields=True):
-    """What the worker holds of the shared state, as `messages.RunningRank` has it."""
+    """What the worker holds of the shared state, as `messages.RunningRank` has it. Said again once it has `slots`."""
 
     shard: Name
     replays: bool
-    slots: int = 2
+    slots: int
 
 
 class WorkerHalted(msgspec.Struct, frozen=True, tag="halted", tag_field="kind", forbid_unknown_fields=True):

@@ -126,7 +126,7 @@ class RunningRank(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shard: Name = ""  # equal for ranks that are replicas of each other; "" until it has planned a snapshot
     replays: bool = False  # doing a step again by itself gives its private state of the step's end
     progress: Progress | None = None  # None until its agent has looked
-    slots: Count = 0  # of its arena; 0 until it has planned a snapshot
+    slots: Count = 0  # of its arena; 0 until it has memory for snapshots
 
 
 class Kept(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

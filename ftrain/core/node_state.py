@@ -30,7 +30,7 @@ class Worker:
     at_end: bool = False
     stall_seconds: float = 0.0  # of the newest snapshot
     staging_seconds: float = 0.0
-    slots: int = 0  # of its arena, 0 until it has planned a snapshot
+    slots: int = 0  # of its arena, 0 until it has memory for snapshots
     error: m.ErrorReport | None = None
     killed: bool = False  # by its agent: how it ends says nothing
     hung: m.Hang | None = None  # it is being ended for this

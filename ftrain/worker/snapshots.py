@@ -7,6 +7,9 @@ nobody. When what a rank tracks has changed since (an optimizer that got more st
 in the group's store; all ranks look there at the next attempt, which no rank can be at before this one was given up,
 and plan again. Only that one waits for the others, and no longer than the attempt is wanted: a rank may have passed its
 boundary before it was armed.
+
+The memory that a plan asks for is taken and touched by a thread, while the next steps run: for tens of gigabytes that
+is many seconds. A snapshot that comes before that waits for it.
 """
 
 from __future__ import annotations
@@ -14,7 +17,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent import futures
+from concurrent.futures import Future, ThreadPoolExecutor
 
+import msgspec
 from torch.distributed import HashStore, Store
 
 from ftrain.checkpoint.reading.live_copy import shard_of
@@ -27,6 +33,7 @@ from ftrain.worker.link import Armed, Link
 from ftrain.worker.patience import wait_for
 
 PATIENCE_SECONDS = 10.0  # for other ranks at one boundary, beyond which the attempt fails and training goes on
+AT_ONCE_SECONDS = 0.05  # for memory that was reserved before, by this process or by the one before it
 
 Capture = Callable[[], tuple[Sequence[TensorItem], dict[str, object]]]
 
@@ -46,16 +53,25 @@ class Snapshots:
         )
         self._planned_at: int | None = None  # number of the attempt that was planned for, 0 for the first boundary
         self._planning: Armed | None = None
+        self._planned: local.WorkerPlanned | None = None  # what the agent was told
         self._rounds = 0
         self._finishing: threading.Thread | None = None
+        self._reserving: Future[None] | None = None
 
     def prepare(self) -> None:
-        """At the first boundary: plan with all ranks, and reserve the arena. Waits for all of them.
+        """At each boundary. The first one is where all ranks plan, and waits for all of them.
 
-        Raises what stands in the way of every snapshot to come: `MismatchedState`, `OutOfMemory`, `NotPlainData`.
+        Raises what stands in the way of every snapshot to come: `MismatchedState` and `NotPlainData` at the first,
+        `OutOfMemory` there or at a later one.
         """
         if self._planned_at is None:
             self._plan(None)
+            executor = ThreadPoolExecutor(1, "ftrain-reserve")
+            self._reserving = executor.submit(self._snapshotter.reserve)
+            executor.shutdown(wait=False)
+            futures.wait([self._reserving], AT_ONCE_SECONDS)
+        if self._reserving is not None and self._reserving.done():
+            self._have_memory()
 
     def meet(self, store: Store) -> None:
         """A generation begins, whose ranks plan at their next boundary, and meet in this store."""
@@ -82,16 +98,22 @@ class Snapshots:
         self._finishing.start()
 
     def wait(self) -> None:
-        """Until the snapshot in flight, if there is one, is sealed or given up."""
+        """Until the snapshot in flight, if there is one, is sealed or given up, and no memory is being reserved."""
+        if self._reserving is not None:
+            futures.wait([self._reserving])
         if self._finishing is not None:
             self._finishing.join()
             self._finishing = None
 
     def _begin(self, armed: Armed) -> Callable[[], Staging]:
         number = armed.attempt.number
+        if self._reserving is not None:
+            self._have_memory()
         if self._is_replan_due(number):
             try:
                 self._plan(armed)
+                self._snapshotter.reserve()
+                self._snapshotter.pin()
             except Exception:
                 self._ask_replan(number)
                 raise
@@ -125,10 +147,21 @@ class Snapshots:
     def _plan(self, armed: Armed | None) -> None:
         self._planning, self._rounds = armed, 0
         items, plain = self._capture()
-        self._snapshotter.plan(items, plain)
+        self._snapshotter.agree(items, plain)
         self._planned_at = armed.attempt.number if armed else 0
         replays = self._replays() and not any(item.spec.private for item in items)
-        self._link.say(local.WorkerPlanned(shard_of(items, self._rank), replays, self._snapshotter.slots))
+        slots = self._snapshotter.slots if armed else 0  # from the first boundary on they are being reserved
+        self._planned = local.WorkerPlanned(shard_of(items, self._rank), replays, slots)
+        self._link.say(self._planned)
+
+    def _have_memory(self) -> None:
+        """The memory that was being reserved is there. Raises `OutOfMemory`, each time, where it is not."""
+        assert self._reserving is not None and self._planned is not None
+        self._reserving.result()
+        self._snapshotter.pin()
+        self._reserving = None
+        self._planned = msgspec.structs.replace(self._planned, slots=self._snapshotter.slots)
+        self._link.say(self._planned)
 
     def _ask_replan(self, number: int) -> None:
         self._store.append(  # type: ignore[attr-defined]  # not in torch's stub

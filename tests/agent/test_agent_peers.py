@@ -154,7 +154,9 @@ async def test_snapshot_of_a_lost_node_comes_into_the_arena_of_its_successor() -
             arena = Arena(memory[rank].arena_fd)  # as the new rank sees it
             assert arena.read_index(FETCHED_SLOT) == INDEX + str(NINE).encode()
             assert bytes(arena.view(FETCHED_SLOT, 0, len(IMAGE))) == IMAGE
+            arena.reserve(2, len(IMAGE), len(INDEX) + 1000, 0)  # its own snapshots have room beside
             assert arena.slots == 2
+            assert arena.is_sealed(FETCHED_SLOT)
             assert not arena.is_sealed(1 - FETCHED_SLOT)
 
 

@@ -23,11 +23,17 @@ from ftrain.core.layout import ALIGNMENT_BYTES, align
 from ftrain.errors import CorruptCheckpoint, OutOfMemory
 
 SLOTS_MAX = 16
+INDEX_SLACK_BYTES = 256 << 10
 _MAGIC = 0x616E657261746601
 _HEADER = struct.Struct("<QQ")  # magic, slots
 _SLOT = struct.Struct("<QQQQ")  # image offset, image bytes, index offset, index bytes
 _CHECKSUM = struct.Struct("<I")
 _SEAL = struct.Struct("<QI")  # length of the index, crc32c of it
+
+
+def with_slack(index_bytes: int) -> int:
+    """Room for an index of this size that may grow a little, without its slot having to move."""
+    return index_bytes + index_bytes // 4 + INDEX_SLACK_BYTES
 
 
 @dataclass(frozen=True, slots=True)
