@@ -54,16 +54,16 @@ def is_sent(state: State) -> bool:
 def is_copied(state: State, persist: bool, now: float) -> bool:
     """Whether the attempt that is proposed goes to other nodes: one at a time, where there is memory for that.
 
-    A commit's does as soon as the last one is there: what is lost with a node is older in memory than in storage
-    otherwise, and would have to be read from storage.
+    A commit's does as soon as the last one is there, and where it could not, the next one after it: what is lost with a
+    node is older in memory than in storage otherwise, and would have to be read from storage.
     """
     if not is_sent(state):
         return False
-    if _slots(state) < SLOTS or state.copying is None:
+    if _slots(state) < SLOTS or state.copying is None or not _is_of_use(state, state.copying):
         return True
     if not persist and now < state.copied_at + COPY_SECONDS:
         return False
-    return not _is_of_use(state, state.copying) or _safe(state) == state.copying
+    return _safe(state) == state.copying
 
 
 def stays(state: State, persist: bool, now: float) -> tuple[m.Attempt, ...]:

@@ -246,16 +246,20 @@ def test_snapshots_go_on_while_a_commit_is_written() -> None:
 def test_commit_goes_to_other_nodes_as_soon_as_the_last_copy_is_there() -> None:
     """What is lost with a node is then not older in memory than in storage."""
     scene = Scene()
-    first = scene.until_copied().attempt
+    scene.until_copied()
     scene.commit_due()
     on_its_way = scene.snapshot()
     while not on_its_way.persist:
         on_its_way = scene.snapshot()
     assert not on_its_way.copied, "the one before is not at its keeper yet"
-    scene.kept = (first,)
     prepare(scene, on_its_way.attempt)
     scene.do(run_state.Published(on_its_way.attempt, "f" * 64))
     scene.stored()
+    scene.snapshot()  # armed before
+    assert scene.snapshot().copied, "the commit itself could not be, and is newer than all that another node has"
+    assert scene.state.copying is not None
+    assert not scene.snapshot().copied
+    scene.kept = (scene.state.copying,)
     second = write_commit(scene)
     assert scene.state.copying == second
     prepare(scene, second)
