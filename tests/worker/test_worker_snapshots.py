@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ftrain.checkpoint.reading.restore import Checkpoint
-from ftrain.core.local import WorkerAtEnd, WorkerLooping, WorkerSealed, WorkerSealFailed
+from ftrain.core.local import WorkerAtEnd, WorkerLooping, WorkerPlanned, WorkerSealed, WorkerSealFailed
 from ftrain.core.page import Field, Phase, verdict_on
 from tests.worker.harness import agent, records, wait_for
 
@@ -134,6 +134,32 @@ def test_attempt_that_one_rank_never_sees_is_given_up_and_training_goes_on(tmp_p
         assert node.commit(attempt).attempt.number == 3
         node.release()
         assert node.end() == [0, 0]
+
+
+def test_steps_go_on_while_memory_for_snapshots_is_taken_and_a_snapshot_waits_for_it(tmp_path: Path) -> None:
+    with agent(tmp_path) as node:
+        attempt = node.arm(4)
+        node.start("tests.worker.trainings:on_a_slow_host", {"steps": 6})
+        assert [said.slots for said in node.hear(WorkerPlanned)] == [0, 0]
+        for worker in node.workers:
+            wait_for(lambda page=worker.page: page.load(Field.PHASE) == Phase.SNAPSHOT)  # type: ignore[misc]
+        assert len(records(tmp_path, "rank-0")) == 4
+        (tmp_path / "memory").touch()
+        assert [said.slots for said in node.hear(WorkerPlanned)] == [2, 2]
+        node.hear(WorkerSealed)
+        assert node.commit(attempt).attempt.step == 4
+        node.release()
+        assert node.end() == [0, 0]
+
+
+def test_host_that_turns_out_to_have_no_memory_for_snapshots_ends_the_run(tmp_path: Path) -> None:
+    with agent(tmp_path, world_size=1) as node:
+        node.start("tests.worker.trainings:on_a_slow_host", {"steps": 1_000_000})
+        wait_for(lambda: len(records(tmp_path, "rank-0")) >= 3)
+        (tmp_path / "memory.new").write_text("the arena needs more")
+        (tmp_path / "memory.new").rename(tmp_path / "memory")
+        assert node.end() == [1]
+    assert not records(tmp_path, "end-0")
 
 
 def test_run_without_checkpoints_ends_without_waiting(tmp_path: Path) -> None:

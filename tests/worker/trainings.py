@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 import ftrain
+from ftrain.checkpoint.staging.arena import Arena
+from ftrain.errors import OutOfMemory
 from ftrain.worker import Run
-from tests.worker.harness import record
+from tests.worker.harness import record, wait_for
 
 SAMPLES = 24
 
@@ -102,6 +105,20 @@ def whole(path: str, parallel: str, steps: int, loader_workers: int = 0, own_gen
             step.log(loss=loss)
             _remember(path, run, step, samples=indices.tolist(), drawn=drawn, lr=scheduler.get_last_lr())
     record(path, f"end-{run.rank}", digest=digest(model, optimizer), own=own_digest(model))
+
+
+def on_a_slow_host(path: str, steps: int) -> None:
+    """`whole`, where memory for snapshots comes with the file `memory`: none if it says why."""
+    reserve = Arena.reserve
+
+    def slow(arena: Arena, *sizes: int) -> None:
+        wait_for((Path(path) / "memory").exists)
+        if why := (Path(path) / "memory").read_text():
+            raise OutOfMemory(why)
+        reserve(arena, *sizes)
+
+    Arena.reserve = slow  # type: ignore[method-assign,assignment]
+    whole(path, "ddp", steps)
 
 
 def _remember(path: str, run: Run, step: int, **values: Any) -> None:
