@@ -13,14 +13,14 @@ from typing import Any
 
 import msgspec
 import torch
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from ftrain import _native
 from ftrain.checkpoint.staging.host import all_lie_in_host_memory, in_host_memory
 from ftrain.checkpoint.state.items import TensorItem, torch_dtype
 from ftrain.checkpoint.state.tracked import Tracked
 from ftrain.errors import MismatchedState, NotPlainData, UnsupportedTensor
-from ftrain.worker import random_state
+from ftrain.worker import random_state, standing_optimizers
 from ftrain.worker.data import Batches
 from ftrain.worker.packing import pack, unpack
 
@@ -186,9 +186,10 @@ def _tensors_of(record: _Record) -> dict[str, torch.Tensor]:
 _steps_begun = 0  # by any optimizer of this process
 
 
-def _before_optimizer_step(*_: Any) -> None:
+def _before_optimizer_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     global _steps_begun
-    _steps_begun += 1
+    if not standing_optimizers.passes_over(optimizer, args, kwargs):
+        _steps_begun += 1
 
 
 register_optimizer_step_pre_hook(_before_optimizer_step)

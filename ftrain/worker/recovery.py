@@ -129,6 +129,8 @@ class Recovery:
         self._boundary.roll_back(self._kept(coming.line.step - 1))
 
     def did_replay(self) -> None:
+        if not self._boundary.live():
+            self._live = -1  # for an optimizer wrote: should the line be lost, nobody goes on from this
         self._private = self._boundary.capture()
 
     def bring(self, coming: Coming, resume: Resume | None) -> Store:
@@ -151,7 +153,6 @@ class Recovery:
             case Tier.STORAGE:
                 self._live = -1
                 self._restore_commit(resume)
-        self._private = None
         self.reached(line.step)
         return PrefixStore(f"ftrain/exchange/{coming.generation}", coming.store)
 
@@ -167,6 +168,7 @@ class Recovery:
             self._boundary.roll_back(private)
 
     def _coming(self, line: Line, store: Store) -> Coming:
+        self._private = None  # what was replayed for a line that is lost is of no other one
         return Coming(line, self._link.generation, store, replays=self._link.boot.rank in line.replay)
 
     def _kept(self, step: int) -> bytes:

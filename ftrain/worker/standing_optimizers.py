@@ -26,8 +26,13 @@ def stand(still: bool) -> None:
     _give_back()  # of a step that ended with an exception
 
 
+def passes_over(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a step of it that begins now, with these arguments, writes nothing."""
+    return _stand_still and len(args) == 1 and not kwargs and _is_known(optimizer)
+
+
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if _stand_still and len(args) == 1 and not kwargs and _is_known(optimizer):
+    if passes_over(optimizer, args, kwargs):
         for group in optimizer.param_groups:
             _emptied.append((group, group["params"]))
             group["params"] = []

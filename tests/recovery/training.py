@@ -6,8 +6,9 @@ other random numbers, and shuffled data. Each rank writes a line for each step t
 holds (`end-rR.json`).
 
 FTRAIN_TEST_INJURIES, a list of {point, rank, step, how}, is what to do to itself, each once: `point` says where in that
-step, or where in the first snapshot that is taken at that step or later; `how` is a signal's name, "raise", "exit"
-or one of `DELAYS`, of which not all end. With a `generation`, not before that one.
+step, or where in the first snapshot that is taken at that step or later; `how` is a signal's name, "raise", "exit",
+"note" or "await" with a word that one rank notes and others await, or one of `DELAYS`, of which not all end. With a
+`generation`, not before that one.
 """
 
 from __future__ import annotations
@@ -127,6 +128,15 @@ def _suffer(how: str, run: ftrain.Run) -> None:
     if how in DELAYS:
         DELAYS[how](run)
         return
+    what, _, word = how.partition(" ")
+    if word:
+        assert run.run_dir is not None
+        noted = run.run_dir.parent / f"noted-{word}"
+        if what == "note":
+            noted.touch()
+        while not noted.exists():
+            time.sleep(0.001)
+        return
     os.kill(os.getpid(), signal.Signals[how])
 
 
@@ -135,6 +145,11 @@ def take_a_lock_twice(run: ftrain.Run) -> None:
     lock = threading.Lock()
     with lock, lock:
         raise AssertionError("a lock was taken twice")
+
+
+def receive_from_rank_1(run: ftrain.Run) -> None:
+    del run
+    dist.recv(torch.zeros(1), 1)
 
 
 def wait_for_each_other(run: ftrain.Run) -> None:
@@ -186,6 +201,7 @@ def wait_for_leave(run: ftrain.Run) -> None:
 
 DELAYS: dict[str, Callable[[ftrain.Run], None]] = {
     "deadlock": take_a_lock_twice,
+    "receive from rank 1": receive_from_rank_1,
     "wait for each other": wait_for_each_other,
     "evaluate": evaluate,
     "warm up": warm_up,
@@ -253,6 +269,10 @@ def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tens
     return [tensor for parameter in model.parameters() for tensor in (parameter, *optimizer.state[parameter].values())]
 
 
+class OwnAdamW(torch.optim.AdamW):
+    """An optimizer of the user's own: of what its step does, nothing is known."""
+
+
 def averaged(_state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """A communication hook of the user's own. What such a one remembers nobody knows."""
     work = dist.all_reduce(bucket.buffer().div_(dist.get_world_size()), async_op=True)
@@ -271,6 +291,7 @@ def main() -> None:
     parser.add_argument("--norm", choices=("batch", "layer"), default="batch", help="batch: with buffers")
     parser.add_argument("--pause", type=float, default=0.03, help="seconds in each step")
     parser.add_argument("--hook", choices=("", "half", "own"), default="", help="DDP's communication hook")
+    parser.add_argument("--optimizer", choices=("torch", "own"), default="torch")
     parser.add_argument("--told", action="store_true", help="rank 0 tells the others something first, as an object")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -292,7 +313,7 @@ def main() -> None:
         told = ["a name" if run.rank == 0 else None]
         dist.broadcast_object_list(told, src=0)
         assert told == ["a name"]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = (OwnAdamW if args.optimizer == "own" else torch.optim.AdamW)(model.parameters(), lr=1e-2)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 7)
     torch.manual_seed(2 + run.rank)
     random.seed(2 + run.rank)
