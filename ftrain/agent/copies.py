@@ -35,7 +35,6 @@ class Copy:
     rank: int
     attempt: m.Attempt
     fd: int
-    arena: Arena
     content: Arriving
     checksums: list[int] = field(default_factory=list)
     readers: int = 0
@@ -47,14 +46,14 @@ class Copy:
 
     def chunk(self, number: int) -> wire.Data:
         """A chunk as it came, for now. Raises `CorruptCheckpoint` where it is not any more."""
-        image = self.arena.view(0, 0, self.content.image_bytes)
+        image = self.content.arena.view(0, 0, self.content.image_bytes)
         data = wire.chunk_of(image, self.content.index, number * wire.CHUNK_BYTES)
         if _native.crc32c(data) != self.checksums[number]:
             raise CorruptCheckpoint(f"the copy of rank {self.rank}'s snapshot of {self.attempt} is damaged")
         return data
 
     def close(self) -> None:
-        self.arena.close()
+        self.content.arena.close()
         os.close(self.fd)
 
 
@@ -97,21 +96,21 @@ class Copies:
         copy = self._spare.pop(message.rank, None)
         if copy is None:
             fd = _native.memory_file(f"ftrain-peer-{message.rank}")
-            arena = Arena(fd)
-            copy = Copy(message.rank, message.attempt, fd, arena, Arriving(arena, 0, 0, 0))
+            copy = Copy(message.rank, message.attempt, fd, Arriving(Arena(fd), 0, 0, 0))
+        arena = copy.content.arena
         try:
-            lacking = message.image_bytes + message.index_bytes - copy.arena.nbytes
+            lacking = message.image_bytes + message.index_bytes - arena.nbytes
             available = available_bytes()
             if lacking > available // MEMORY_SHARE or message.index_bytes > INDEX_BYTES_MAX:
                 raise OutOfMemory(
                     f"a copy of rank {message.rank}'s snapshot needs {lacking} bytes of memory more, "
                     f"and {available} are available"
                 )
-            if copy.arena.slots:
-                copy.arena.clear_index(0)
+            if arena.slots:
+                arena.clear_index(0)
             # Taking and touching memory takes its time.
             taking = asyncio.ensure_future(
-                asyncio.to_thread(copy.arena.reserve, 1, message.image_bytes, message.index_bytes, 0)
+                asyncio.to_thread(arena.reserve, 1, message.image_bytes, message.index_bytes, 0)
             )
             try:
                 await asyncio.shield(taking)
@@ -123,7 +122,7 @@ class Copies:
                 self._warn(str(error))
             raise
         copy.attempt, copy.checksums = message.attempt, []
-        copy.content = Arriving(copy.arena, 0, message.image_bytes, message.index_bytes)
+        copy.content = Arriving(arena, 0, message.image_bytes, message.index_bytes)
         return copy
 
     def take_snapshot(self, copy: Copy, generation: int) -> None:

@@ -100,6 +100,10 @@ _DECODER: msgspec.json.Decoder[Message] = msgspec.json.Decoder(Message)
 Place = Callable[[Message, int], memoryview | None]  # where so many bytes of a message belong; None: anywhere
 
 
+def anywhere(_message: Message, _nbytes: int) -> None:
+    """The `Place` of bytes that belong nowhere yet."""
+
+
 @contextlib.asynccontextmanager
 async def connect(context: ssl.SSLContext, peer: Peer, greeting: Greet) -> AsyncIterator[Wire]:
     """A connection to a keeper, on which we have greeted. Raises `OSError`, `TimeoutError` where there is none."""
@@ -126,7 +130,7 @@ def chunk_of(image: memoryview, index: bytes | bytearray, offset: int) -> Data:
 class Frame:
     """One frame as it comes: its next bytes belong into `room`, and `came` says how many are there."""
 
-    def __init__(self, where: str, place: Place = lambda _message, _nbytes: None) -> None:
+    def __init__(self, where: str, place: Place = anywhere) -> None:
         self.message: Message | None = None
         self.data: Data = b""
         self.is_whole = False
@@ -209,7 +213,7 @@ class Wire(asyncio.BufferedProtocol):
         await self._writable.wait()
         self._check_writable()
 
-    async def receive(self, place: Place = lambda _message, _nbytes: None) -> tuple[Message, Data] | None:
+    async def receive(self, place: Place = anywhere) -> tuple[Message, Data] | None:
         """The next message and its bytes; None when the connection has ended. Raises `ProtocolError`, `OSError`.
 
         `place` is asked where the bytes belong when the message is there. After a receive that was cancelled nothing

@@ -130,7 +130,7 @@ async def _fetch_snapshot(
     arena.write_index(FETCHED_SLOT, bytes(coming.index))
 
 
-async def _answer(keeper: Wire, place: wire.Place = lambda _message, _nbytes: None) -> tuple[wire.Message, wire.Data]:
+async def _answer(keeper: Wire, place: wire.Place = wire.anywhere) -> tuple[wire.Message, wire.Data]:
     async with asyncio.timeout(SILENCE_SECONDS):
         received = await keeper.receive(place)
     if received is None:

@@ -112,8 +112,6 @@ class Snapshots:
         if self._is_replan_due(number):
             try:
                 self._plan(armed)
-                self._snapshotter.reserve()
-                self._snapshotter.pin()
             except Exception:
                 self._ask_replan(number)
                 raise
@@ -147,7 +145,10 @@ class Snapshots:
     def _plan(self, armed: Armed | None) -> None:
         self._planning, self._rounds = armed, 0
         items, plain = self._capture()
-        self._snapshotter.agree(items, plain)
+        if armed is None:
+            self._snapshotter.agree(items, plain)
+        else:
+            self._snapshotter.plan(items, plain)
         self._planned_at = armed.attempt.number if armed else 0
         replays = self._replays() and not any(item.spec.private for item in items)
         slots = self._snapshotter.slots if armed else 0  # from the first boundary on they are being reserved

@@ -288,7 +288,7 @@ async def test_copy_that_was_damaged_where_it_is_kept_is_not_given_and_not_repor
         await until(lambda: keeper.attempts(2) == keeper.attempts(3) == (SIX,))
         await until(lambda: keeper.steps(2) == keeper.steps(3) == (7, 8))
         kept = keeper.peers._copies
-        kept._snapshots[3, SIX].arena.view(0, 5000, 1)[0] ^= 1
+        kept._snapshots[3, SIX].content.arena.view(0, 5000, 1)[0] ^= 1
         data, checksum = kept._boundaries[3, 8]
         monkeypatch.setitem(kept._boundaries, (3, 8), (b"x" + data[1:], checksum))
         memory = {rank: RankMemory(rank) for rank in (2, 3)}
