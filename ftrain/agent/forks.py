@@ -10,17 +10,21 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
 from ftrain.agent import nursery, proc
 from ftrain.agent.child import Job
+from ftrain.checkpoint.staging.memory import available_bytes
 from ftrain.errors import FtrainError
 
 log = logging.getLogger("ftrain")
 _REPLY = msgspec.json.Decoder(nursery.Ready | nursery.Forked | nursery.Ended)
 SEND_BUFFER_BYTES = 4 << 20
+SPARES_AFTER_SECONDS = 0.5  # of work in which nothing failed
+SPARE_SHARE = 16  # a spare has at most this part of the memory that is free
 
 
 class NurseryDied(FtrainError):
@@ -38,6 +42,9 @@ class Nursery:
         self._ready: asyncio.Future[nursery.Ready] = asyncio.get_running_loop().create_future()
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
+        self._working: tuple[int, tuple[int, ...]] = (0, ())
+        self._working_since = 0.0
+        self._has_spares = False
 
     @property
     def pid(self) -> int:
@@ -77,6 +84,20 @@ class Nursery:
         """Send a signal to a fork; nothing happens if it has ended."""
         self._post(nursery.Signal(pid, number))
 
+    def working(self, generation: int, pids: tuple[int, ...], *, store: bool) -> None:
+        """All these ranks of the generation are in their loop, which is to be said again and again.
+
+        After a while spares are forked for those that come after them, and for a `store` where one is needed here.
+        """
+        now = time.monotonic()
+        if self._working != (generation, pids):
+            self._working, self._working_since, self._has_spares = (generation, pids), now, False
+        if self._has_spares or now - self._working_since < SPARES_AFTER_SECONDS:
+            return
+        self._has_spares = True
+        heap_bytes = max(map(proc.heap_bytes, pids)) - proc.heap_bytes(self.pid)
+        self._post(nursery.KeepSpares(max(0, min(heap_bytes, available_bytes() // SPARE_SHARE)), store))
+
     def sweep(self) -> None:
         """Kill what former forks left behind."""
         self._post(nursery.Sweep())
@@ -94,7 +115,7 @@ class Nursery:
             self._process.kill()  # it still imports: nothing is below it, and it does not listen yet
         await loop.run_in_executor(None, _finish, self._process)
 
-    def _post(self, message: nursery.Signal | nursery.Sweep) -> None:
+    def _post(self, message: nursery.Signal | nursery.Sweep | nursery.KeepSpares) -> None:
         if self._socket is not None:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError, BlockingIOError):
                 self._socket.send(msgspec.json.encode(message))

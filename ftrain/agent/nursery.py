@@ -5,8 +5,8 @@ leave behind comes back to it and is killed, also when the agent dies and the so
 thread and touches no GPU, because neither survives a fork; a module whose import starts threads is therefore left
 out, unless its threads end by themselves before a fork, as OpenBLAS's do.
 
-The agent sends `Fork`, `Signal` and `Sweep`; the nursery answers with `Ready`, `Forked` and `Ended`, one JSON packet
-each.
+The agent sends `Fork`, `KeepSpares`, `Signal` and `Sweep`; the nursery answers with `Ready`, `Forked` and `Ended`,
+one JSON packet each.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import msgspec
 
 from ftrain import _native
 from ftrain.agent import child, proc
+from ftrain.agent.spares import Spare, wait_for_job
 
 PACKET_BYTES_MAX = 1 << 20
 FDS_MAX = 8
@@ -37,6 +38,13 @@ class Fork(msgspec.Struct, frozen=True, tag="fork"):
 
     id: int
     job: child.Job
+
+
+class KeepSpares(msgspec.Struct, frozen=True, tag="spares"):
+    """Have a process forked ahead for the next rank, with so many bytes of its heap touched, and one for a `store`."""
+
+    heap_bytes: int
+    store: bool
 
 
 class Signal(msgspec.Struct, frozen=True, tag="signal"):
@@ -75,7 +83,7 @@ class Preload(msgspec.Struct, frozen=True):
     left_out: dict[str, str] = {}
 
 
-_COMMAND = msgspec.json.Decoder(Fork | Signal | Sweep)
+_COMMAND = msgspec.json.Decoder(Fork | KeepSpares | Signal | Sweep)
 
 
 @dataclass(slots=True)
@@ -83,6 +91,7 @@ class _Nursery:
     agent: socket.socket
     wakeup: int
     children: set[int] = field(default_factory=set)
+    spares: list[Spare] = field(default_factory=list)
     job: tuple[child.Job, list[int]] | None = None  # set in a forked child only
 
     def serve(self) -> tuple[child.Job, list[int]] | None:
@@ -108,6 +117,8 @@ class _Nursery:
         match _COMMAND.decode(packet):
             case Fork(number, job):
                 return self._fork(number, job, fds)
+            case KeepSpares(heap_bytes, store):
+                return self._keep(heap_bytes, for_rank=True) and (not store or self._keep(0, for_rank=False))
             case Signal(pid, number):
                 if pid in self.children:  # not reaped yet, so the number still names our child
                     with contextlib.suppress(ProcessLookupError):
@@ -117,22 +128,59 @@ class _Nursery:
         return True
 
     def _fork(self, number: int, job: child.Job, fds: list[int]) -> bool:
+        """False in the child, which has its job."""
         try:
-            pid = os.fork()
+            pid = self._given_to_a_spare(job, fds) or os.fork()
         except OSError as error:
             self.say(Forked(number, 0, f"cannot fork: {error}"))
             _close(fds)
             return True
         if pid == 0:
-            _native.set_parent_death_signal(signal.SIGKILL)
-            os.setsid()
-            self.agent.close()
+            self._leave_nursery()
             self.job = (job, fds)
             return False
         self.children.add(pid)
         _close(fds)
         self.say(Forked(number, pid))
         return True
+
+    def _given_to_a_spare(self, job: child.Job, fds: list[int]) -> int:
+        """The pid of the spare that does the job; 0 where there is none."""
+        for spare in [one for one in self.spares if one.for_rank == (job.boot is not None)]:
+            self.spares.remove(spare)
+            if spare.give(job, fds):
+                return spare.pid
+        return 0
+
+    def _keep(self, heap_bytes: int, *, for_rank: bool) -> bool:
+        """Fork a spare where there is none. False in the spare itself, which has its job."""
+        if any(spare.for_rank == for_rank for spare in self.spares):
+            return True
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, PACKET_BYTES_MAX)
+        ours.setblocking(False)
+        try:
+            pid = os.fork()
+        except OSError:  # who is needed will be forked then, or it will be said why not
+            ours.close()
+            theirs.close()
+            return True
+        if pid == 0:
+            ours.close()
+            self._leave_nursery()
+            self.job = wait_for_job(theirs, heap_bytes, PACKET_BYTES_MAX, FDS_MAX)
+            return False
+        theirs.close()
+        self.spares.append(Spare(pid, for_rank, ours))
+        return True
+
+    def _leave_nursery(self) -> None:
+        """In a forked child: end with the nursery, and hold nothing of it."""
+        _native.set_parent_death_signal(signal.SIGKILL)
+        os.setsid()
+        self.agent.close()
+        for spare in self.spares:
+            spare.channel.close()
 
     def _reap(self) -> None:
         while True:
@@ -142,6 +190,9 @@ class _Nursery:
                 return
             if pid == 0:
                 return
+            for spare in [one for one in self.spares if one.pid == pid]:
+                self.spares.remove(spare)
+                spare.channel.close()
             if pid in self.children:
                 # What it started must not outlive it: a forked data loader would keep its sockets open.
                 self._sweep(pid)
@@ -151,8 +202,9 @@ class _Nursery:
 
     def _sweep(self, session: int | None) -> None:
         """Kill orphans: those of one worker's session, or all that belong to no living worker."""
+        living = self.children | {spare.pid for spare in self.spares}
         for pid in proc.children(os.getpid()):
-            if pid in self.children or (session is not None and proc.session(pid) != session):
+            if pid in living or (session is not None and proc.session(pid) != session):
                 continue
             for victim in (pid, *proc.descendants(pid)):
                 _kill(victim)

@@ -34,6 +34,16 @@ def session(pid: int) -> int:
         return 0
 
 
+def heap_bytes(pid: int) -> int:
+    """How long the heap of `pid` is, from which the C library gives out what is not large. 0 if there is none."""
+    try:
+        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    ranges = [line.split()[0].split("-") for line in lines if line.endswith("[heap]")]
+    return sum(int(end, 16) - int(begin, 16) for begin, end in ranges)
+
+
 def threads() -> int:
     """How many threads this process has, those of native libraries included."""
     return len(os.listdir("/proc/self/task"))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 from collections.abc import Sequence
 
 import pytest
 
-from tests.launching.harness import Cluster
+from tests.launching.harness import Cluster, wait_for
 from tests.recovery.account import Job, launch
 from tests.recovery.training import INJURIES
 
@@ -55,6 +57,21 @@ def test_lost_replica_costs_no_finished_step_and_survivors_keep_their_processes(
     assert len(pids(job, 0)) == 2
     assert len(pids(job, 1)) == 3
     assert job.commits() == [24]  # nothing was there to be read
+
+
+def test_successor_of_a_lost_rank_is_a_process_that_was_there_before(cluster: Cluster) -> None:
+    job = Job(cluster.path / "job")
+    run = launch(cluster, job, every=100, flags=("--snapshot-every", "off"), more=(*LAYER, "--pause", 0.5))
+    wait_for(lambda: job.done(1), "a step")
+    workers = 2
+    wait_for(lambda: len(cluster.processes()) == 3 + workers + 2, "a spare for a rank and one for a store")
+    there = set(cluster.processes())
+    os.kill(max(pids(job, 1)), signal.SIGKILL)
+    assert run.wait() == 0, run.text
+    assert len(pids(job, 1)) == workers
+    assert pids(job, 1) <= there, run.text
+    assert "going on in place" in run.text
+    assert cluster.nothing_left()
 
 
 def test_rank_that_dies_before_its_optimizer_is_replayed_where_others_are_ahead(cluster: Cluster) -> None:
