@@ -310,6 +310,7 @@ def _halt(turn: Turn, generation: int) -> None:
     state = turn.state
     if generation < state.generation or state.stopping:
         return
+    is_news = generation > state.generation or not state.halting
     if generation > state.generation:
         _pass_over(turn, generation)
     if not turn.state.halting:
@@ -318,7 +319,8 @@ def _halt(turn: Turn, generation: int) -> None:
     _kill(turn, tuple(worker.rank for worker in alive if not worker.looped))
     if moving := tuple(worker.rank for worker in alive if worker.looped and not worker.halted):
         turn.do(RevokePages(generation, moving))
-    turn.changed()
+    if is_news:  # an answer to what is said again would have it said again
+        turn.changed()
 
 
 def _kill(turn: Turn, ranks: tuple[int, ...]) -> None:
@@ -348,6 +350,8 @@ def _stop(turn: Turn, generation: int, grace: float) -> None:
         turn.set(stopping=True, halting=False)
         if state.alive:
             turn.do(Kill(grace))
+    else:
+        return  # it was told before, and an answer would have it told again
     turn.changed()
 
 

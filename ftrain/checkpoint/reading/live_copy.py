@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
 import torch
-from torch.distributed import Work
 
 from ftrain.checkpoint.exchange import encode_plain
 from ftrain.checkpoint.state.items import TensorItem
@@ -20,7 +20,7 @@ from ftrain.core import plain as plain_data
 from ftrain.core.layout import Shard, local_shard
 from ftrain.errors import CorruptCheckpoint, FtrainError, MismatchedState
 
-AHEAD = 1  # runs that are sent and received while one before them is checked
+AHEAD_BYTES = 64 << 20  # sent and received while what came before them is checked; and one run in any case
 
 
 def shard_of(items: Sequence[TensorItem], rank: int) -> str:
@@ -114,17 +114,13 @@ def _send(tracked: Tracked, rank: int, target: int, wire: Wire) -> None:
 
 
 def _send_tensors(moving: Sequence[_Moving], wire: Wire) -> None:
-    checksum = Checksum()
-    under_way: deque[Work] = deque()
+    checksum, under_way = Checksum(), _UnderWay()
     for run in runs(moving):
         parts = [as_bytes(one.local) for one in run]
         data = parts[0] if len(parts) == 1 else torch.cat(parts)
-        under_way.append(wire.begin_send(data))
+        under_way.add(wire.begin_send(data).wait, data.nbytes)
         checksum.add(data)  # while it goes
-        if len(under_way) > AHEAD:
-            under_way.popleft().wait()
-    for work in under_way:
-        work.wait()
+    under_way.finish()
     wire.send_bytes(str(checksum.value).encode())
 
 
@@ -195,15 +191,35 @@ class _Replica:
     def read_into(self, items: Sequence[TensorItem], rank: int, *, elsewhere: Collection[str] = ()) -> None:
         """Fill what `expect` found places for, which are those of `items`."""
         del items, rank, elsewhere
-        checksum = Checksum()
-        under_way: deque[_Receiving] = deque()
+        checksum, under_way = Checksum(), _UnderWay()
         for run in runs(self._moving):
-            under_way.append(_Receiving(run, self._wire))
-            if len(under_way) > AHEAD:
-                under_way.popleft().finish(checksum)
-        for one in under_way:
-            one.finish(checksum)
+            one = _Receiving(run, self._wire)
+            under_way.add(partial(one.finish, checksum), one.nbytes)
+        under_way.finish()
         _check(checksum, self._wire)
+
+
+class _UnderWay:
+    """What was begun, oldest first: `add` finishes what is too much at a time."""
+
+    def __init__(self) -> None:
+        self._begun: deque[tuple[Callable[[], object], int]] = deque()
+        self._nbytes = 0
+
+    def add(self, finish: Callable[[], object], nbytes: int) -> None:
+        self._begun.append((finish, nbytes))
+        self._nbytes += nbytes
+        while self._nbytes > AHEAD_BYTES and len(self._begun) > 2:
+            self._finish_first()
+
+    def finish(self) -> None:
+        while self._begun:
+            self._finish_first()
+
+    def _finish_first(self) -> None:
+        finish, nbytes = self._begun.popleft()
+        self._nbytes -= nbytes
+        finish()
 
 
 class _Receiving:
@@ -219,6 +235,10 @@ class _Receiving:
             else torch.empty(sum(one.nbytes for one in run), dtype=torch.uint8, device=first.device)
         )
         self._work = wire.begin_receive(self._data)
+
+    @property
+    def nbytes(self) -> int:
+        return self._data.nbytes
 
     def finish(self, checksum: Checksum) -> None:
         self._work.wait()
