@@ -26,7 +26,8 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 PATIENCE_SECONDS = 90.0
 HURTS = {"kill": "kill", "stop": "stop", "node": "loss of the node"}  # as a table names them
 SPARE_SECONDS = 10.0  # for a spare launcher, to be there and idle
-SETTLE_STEPS = 7  # before a kill: more than one checkpoint interval of undisturbed steps
+SETTLE_SECONDS = 4.0  # of steps by all ranks before a kill, and then
+SETTLE_STEPS = 7  # more than one checkpoint interval of undisturbed steps
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,11 @@ class Job(ABC):
         `into` is how much of that step is over, from 0 to 1.
         """
         every = range(self.world_size)
-        newest = [lines[-1].step if lines else 0 for lines in map(self.lines, every)]
+        begun = time.time()
+        self.wait(lambda: all(self.lines(rank) and self.lines(rank)[-1].at > begun for rank in every), "a step of all")
+        settled_at = time.time() + SETTLE_SECONDS
+        self.wait(lambda: time.time() > settled_at, f"{SETTLE_SECONDS} s of steps")
+        newest = [self.lines(rank)[-1].step for rank in every]
         settled = min(newest) + SETTLE_STEPS
         aim = settled + (phase - settled - 1) % self.args.checkpoint_every
         self.wait(lambda: any(line.step >= aim for line in self.lines(0)), f"step {aim}")

@@ -20,7 +20,7 @@ from ftrain.agent.child import Job
 from ftrain.agent.heap import HeapRoom
 
 SLICE_BYTES = 4 << 20  # touched at a time; it takes some milliseconds
-PAUSE_SECONDS = 0.02  # between two: training needs the memory's bandwidth, and the core
+PAUSE_SECONDS = 0.01  # between two: training needs the memory's bandwidth, and the core
 KILLED_FIRST = "1000"  # of oom_score_adj: the host that is out of memory takes the spare's back before a rank's
 _OOM_SCORE = Path("/proc/self/oom_score_adj")
 _JOB = msgspec.json.Decoder(Job)
