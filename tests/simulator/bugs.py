@@ -268,6 +268,17 @@ def _attempt_not_waited_for(stack: ExitStack) -> None:
     stack.enter_context(patch.object(ending, "awaited", lambda *_: ()))
 
 
+def _order_answered_whenever_it_is_heard(stack: ExitStack) -> None:
+    """Better once too often."""
+    real = node._halt
+
+    def halt(turn: Any, generation: int) -> None:
+        real(turn, generation)
+        turn.changed()
+
+    stack.enter_context(patch.object(node, "_halt", halt))
+
+
 # Where a hunt for a bug that shows seldom aims a fault: the act of a coordinator, and what strikes right after it.
 AIMS = {
     "attempt-numbers-used-again": ("arm", "pause coordinator"),
@@ -302,4 +313,5 @@ BUGS: dict[str, Callable[[ExitStack], Prepare | None]] = {
     "any-rank-taken-for-a-replica": _any_rank_taken_for_a_replica,
     "snapshot-of-some-ranks-believed": _snapshot_of_some_ranks_believed,
     "attempt-not-waited-for": _attempt_not_waited_for,
+    "order-answered-whenever-it-is-heard": _order_answered_whenever_it_is_heard,
 }

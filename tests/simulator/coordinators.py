@@ -91,6 +91,7 @@ class Coordinator:
         storage = self.world.storage
         match action:
             case run_state.Send(name, message):
+                self.world.truth.told_again(self, name, message)
                 if name in self.peers:
                     self.peers[name].down(message)
             case run_state.Store(journal.Create(path, data)):

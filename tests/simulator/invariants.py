@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from tests.simulator.world import World
 
 
+REPEATS_MAX = 30  # of an order within a heartbeat, with all that a bad network makes of it
+
+
 class Violation(Exception):
     """A promise was broken."""
 
@@ -37,6 +40,7 @@ class Truth:
         self.lines: dict[int, int] = {}  # generation -> the step that it went on from in place, -1 where it did not
         self.began: dict[int, int] = {}  # generation -> the step at which its first rank came into its loop
         self.told: set[tuple[int, int]] = set()  # (generation, pid) that have planned
+        self.orders: dict[tuple[str, str], tuple[m.FromCoordinator, float, int]] = {}  # the last, since when, how often
         self.damaged: set[m.Attempt] = set()
         self.histories: dict[m.Attempt, int] = {}  # the generation in which the step of a snapshot was done
         self.commits = 0
@@ -317,6 +321,17 @@ class Truth:
         began = self.began.setdefault(worker.generation, step)
         if began != step:
             raise Violation(f"rank {worker.rank} of generation {worker.generation} begins at {step}, others at {began}")
+
+    def told_again(self, coordinator: Coordinator, name: str, message: m.FromCoordinator) -> None:
+        """The same thing is said with each heartbeat, so that it is heard: not as often as both can talk."""
+        if isinstance(message, m.Heard | m.Tell):
+            return
+        known, since, times = self.orders.get((coordinator.name, name), (None, 0.0, 0))
+        if known != message or self.world.now - since > self.world.plan.policy.heartbeat_seconds:
+            since, times = self.world.now, 0
+        if times > REPEATS_MAX:
+            raise Violation(f"{name} is told the same {times} times within a heartbeat: {message}")
+        self.orders[coordinator.name, name] = message, since, times + 1
 
     def ended(self) -> None:
         """The run was recorded as finished well: its last state must be committed."""
