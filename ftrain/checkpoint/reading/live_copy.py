@@ -209,7 +209,7 @@ class _UnderWay:
     def add(self, finish: Callable[[], object], nbytes: int) -> None:
         self._begun.append((finish, nbytes))
         self._nbytes += nbytes
-        while self._nbytes > AHEAD_BYTES and len(self._begun) > 2:
+        while self._nbytes > AHEAD_BYTES and len(self._begun) > 2:  # one that is finished, one on its way
             self._finish_first()
 
     def finish(self) -> None:
