@@ -192,7 +192,7 @@ class Job(ABC):
         """
         every = range(self.world_size)
         begun = time.time()
-        self.wait(lambda: all(self.lines(rank) and self.lines(rank)[-1].at > begun for rank in every), "a step of all")
+        self.wait(lambda: all(lines and lines[-1].at > begun for lines in map(self.lines, every)), "a step of all")
         settled_at = time.time() + SETTLE_SECONDS
         self.wait(lambda: time.time() > settled_at, f"{SETTLE_SECONDS} s of steps")
         newest = [self.lines(rank)[-1].step for rank in every]

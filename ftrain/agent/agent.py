@@ -182,9 +182,8 @@ class Agent:
             await asyncio.sleep(LOOK_SECONDS)
             found = [self._workers[one.rank] for one in self._state.alive if one.rank in self._workers]
             self._post(node.Looked({worker.rank: self._look(worker) for worker in found if worker.pid}))
-            workers = self._state.workers.values()
-            if workers and all(one.looping is not None and one.exit is None for one in workers):
-                pids = tuple(one.pid for one in workers)
+            if self._state.workers and self._state.all_looping:
+                pids = tuple(one.pid for one in self._state.alive)
                 self._nursery.working(self._state.generation, pids, store=bool(self._stores))
 
     def _look(self, worker: WorkerProcess) -> Look:

@@ -8,6 +8,7 @@ import os
 import sys
 from pathlib import Path
 
+from ftrain.agent import heap
 from ftrain.agent.interface import interface_of
 from ftrain.core.messages import Start
 from ftrain.spec import JobSpec, Program
@@ -28,16 +29,11 @@ TRAINING_MODULES = (
 )
 
 
-# To glibc: huge pages for its heap, and, from the first allocation on, blocks in the heap up to the size that glibc
-# comes to by itself once such a block was freed. See docs/decisions/0011.
-HEAP = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=67108864"
-
-
 def nursery(spec: JobSpec, address: str) -> dict[str, str]:
     """For the nursery itself: beside `base` what only a new program can be told, and its forks then have from it."""
     environment = base(spec, address)
     own = environment.get("GLIBC_TUNABLES", "")
-    environment["GLIBC_TUNABLES"] = f"{HEAP}:{own}" if own else HEAP  # of two settings the later counts
+    environment["GLIBC_TUNABLES"] = ":".join(filter(None, (heap.TUNABLES, own)))  # of two settings the later counts
     return environment
 
 

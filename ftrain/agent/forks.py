@@ -43,8 +43,7 @@ class Nursery:
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self._working: tuple[int, tuple[int, ...]] = (0, ())
-        self._working_since = 0.0
-        self._has_spares = False
+        self._spares_due = float("inf")
 
     @property
     def pid(self) -> int:
@@ -91,10 +90,10 @@ class Nursery:
         """
         now = time.monotonic()
         if self._working != (generation, pids):
-            self._working, self._working_since, self._has_spares = (generation, pids), now, False
-        if self._has_spares or now - self._working_since < SPARES_AFTER_SECONDS:
+            self._working, self._spares_due = (generation, pids), now + SPARES_AFTER_SECONDS
+        if now < self._spares_due:
             return
-        self._has_spares = True
+        self._spares_due = float("inf")
         heap_bytes = max(map(proc.heap_bytes, pids)) - proc.heap_bytes(self.pid)
         self._post(nursery.KeepSpares(max(0, min(heap_bytes, available_bytes() // SPARE_SHARE)), store))
 

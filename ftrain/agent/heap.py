@@ -1,4 +1,4 @@
-"""Memory that malloc gives out next, touched before it is needed.
+"""glibc's heap as workers have it, and memory of it that is touched before it is needed.
 
 Memory that a process touches for the first time comes from the kernel page by page, at 1 to 2 GB/s on a virtual
 machine: a rank that was forked anew spends much of its recovery on that. glibc's heap can be made that much longer
@@ -10,13 +10,19 @@ from __future__ import annotations
 import ctypes
 import mmap
 
+MAPPED_BYTES = 32 << 20  # blocks from here on have a mapping of their own
+SLACK_BYTES = 64 << 20  # free memory at the heap's end that is kept, beside what is touched ahead
+# To glibc: huge pages for its heap, and, from the first allocation on, blocks in the heap up to the size that glibc
+# comes to by itself once such a block was freed. See docs/decisions/0011.
+TUNABLES = (
+    f"glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold={MAPPED_BYTES}:glibc.malloc.trim_threshold={SLACK_BYTES}"
+)
 _TRIM_THRESHOLD, _TOP_PAD = -1, -2  # as in malloc.h
 _TOP_PAD_BYTES = 128 << 10  # glibc's own
 _POPULATE_WRITE = 23  # of madvise, since Linux 5.14
-_BLOCK_BYTES = 16 << 20  # below what gets a mapping of its own
+_BLOCK_BYTES = MAPPED_BYTES // 2  # in the heap, therefore
 _BLOCKS_MAX = 256  # for a heap with more than that in its holes nothing has to be done
 BYTES_MAX = (2 << 30) - (128 << 20)  # what mallopt takes is an int
-SLACK_BYTES = 64 << 20  # free memory at the heap's end that is kept beside what is touched: see docs/decisions/0011
 
 
 class HeapRoom:

@@ -44,8 +44,7 @@ def arm(turn: Turn, message: m.Arm) -> None:
         busy.add(snapshot.slot)
     slots = min((worker.slots for worker in state.workers.values() if worker.slots), default=SLOTS_MIN)
     free = sorted((slot for slot in range(slots) if slot not in busy), key=partial(_worth, state))
-    looping = all(worker.looping for worker in state.workers.values())
-    if state.stopping or state.halting or len(state.alive) != len(state.workers) or not looping:
+    if state.stopping or state.halting or not state.all_looping:
         turn.send(m.ArmReply(attempt, False, -1, "not all of its workers are in their loop"))
     elif not free:
         turn.send(m.ArmReply(attempt, False, -1, "an earlier snapshot is still being written"))

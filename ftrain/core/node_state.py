@@ -100,6 +100,11 @@ class State(msgspec.Struct, frozen=True):  # not a dataclass: it is replaced man
     def alive(self) -> tuple[Worker, ...]:
         return tuple(worker for worker in self.workers.values() if worker.exit is None)
 
+    @property
+    def all_looping(self) -> bool:
+        """Every worker is alive and in its loop."""
+        return all(worker.exit is None and worker.looping is not None for worker in self.workers.values())
+
 
 # -------------------------------------------------------------------------------------------------------------- events
 

@@ -184,7 +184,7 @@ def test_stop_of_a_later_generation_ends_the_workers_of_the_present_one_first() 
 
 
 @pytest.mark.parametrize("order", [m.Halt(1, 1, "a rank died"), m.Stop(1, 1, "a rank died", 3.0)], ids=["halt", "stop"])
-def test_order_that_is_said_again_is_obeyed_again_but_not_answered(order: m.FromCoordinator) -> None:
+def test_order_that_is_said_again_is_not_answered_again(order: m.FromCoordinator) -> None:
     """The coordinator says it again with each report of a node that is not done with it: they talked without pause."""
     scene = Scene().looping()
     assert [line for line in scene.say(order) if line.startswith("say")] == ["say Changed looping 1"]
