@@ -26,7 +26,7 @@ from ftrain.core.messages import Attempt, Resume
 from ftrain.core.page import Phase
 from ftrain.errors import CorruptCheckpoint, UsageError
 from ftrain.storage import open_storage
-from ftrain.worker import process_group, random_state
+from ftrain.worker import known_forms, process_group, random_state
 from ftrain.worker.boundary import Boundary
 from ftrain.worker.data import Batches
 from ftrain.worker.link import Link, from_environment, leave_signals_to_agent
@@ -229,6 +229,8 @@ class Run:
         # Others are alive, and stand still until this process has come as far as they have.
         alone = link is not None and link.boot.line is not None
         process_group.register(self.generation, loopback, link.collective if link else None, alone)
+        if alone:
+            known_forms.use()
         if link is None and self.world_size > 1:
             dist.init_process_group(process_group.BACKEND, timeout=GROUP_TIMEOUT)
             process_group.destroy_at_exit()
