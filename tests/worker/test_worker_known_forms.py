@@ -129,10 +129,20 @@ def test_training_is_the_same_bit_by_bit_with_hardly_a_try(monkeypatch: pytest.M
     assert set(Counter(str(schema.op) for schema, _ in tried)) == {"aten.zeros_like.default"}
 
 
-def test_what_torch_refuses_it_still_refuses() -> None:
+@pytest.mark.parametrize(
+    "change", [lambda one, other: one.add_(other), lambda *both: torch._foreach_add_(*([one] for one in both))]
+)
+def test_what_may_not_fit_is_tried(monkeypatch: pytest.MonkeyPatch, change: Callable[..., object]) -> None:
+    row = distribute_tensor(torch.ones(1, 2), init_device_mesh("cpu", (SIZE,)), [Replicate()], src_data_rank=None)
+    rows = _distributed((SIZE, 2), torch.float32)  # of which the part that is here would fit
+
+    def trying(_propagator: object, schema: Any) -> None:
+        raise RuntimeError(f"tried {schema.op}")
+
+    monkeypatch.setattr(Propagator, "_propagate_tensor_meta_non_cached", trying)
     known_forms.use()
-    with pytest.raises(RuntimeError, match="shape"):
-        _distributed((4, 2), torch.float32).add_(_distributed((5, 2), torch.float32))
+    with pytest.raises(RuntimeError, match="tried aten"):
+        change(row, rows)
 
 
 def test_a_torch_that_has_other_names_tries(monkeypatch: pytest.MonkeyPatch) -> None:
