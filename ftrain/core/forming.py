@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ftrain.core import ending, journal, leaving, membership, metrics, reception, recovery, remains
+from ftrain.core import ending, journal, leaving, membership, metrics, reception, recovery, remains, schedule
 from ftrain.core import messages as m
 from ftrain.core.membership import Generation, Node
 from ftrain.core.run_state import Continues, Phase, State, Turn
@@ -102,8 +102,7 @@ def _begin(turn: Turn, generation: Generation, line: m.Line | None, survivors: f
         cadence = Cadence(due=turn.now + policy.every_seconds, snapshot_due=turn.now + policy.snapshot_seconds)
         turn.set(attempts=0, cadence=cadence, held=None, copying=None)
     else:
-        # What failed with the generation before says nothing about this one.
-        turn.set(cadence=replace(state.cadence, retry_at=0.0, commit_at=0.0, failures=0))
+        turn.set(cadence=schedule.after_return(state.cadence, line.step))
     turn.enter(Phase.STARTING)
     members = tuple(
         journal.MemberRecord(

@@ -51,10 +51,7 @@ def propose(turn: Turn) -> None:
                 return  # its workers are on their way out
             step, hold = total, False
     else:
-        policy = copying.policy(state, turn.now)
-        turn.set(cadence=schedule.no_later(policy, state.cadence, turn.now))
-        cadence = turn.state.cadence
-        found = schedule.next_proposal(policy, cadence, state.furthest, total, turn.now, blocked=blocked)
+        found = _due(turn, blocked=blocked)
         if found is None:
             return
         step, hold, persist = found.step, False, found.persist
@@ -79,6 +76,14 @@ def propose(turn: Turn) -> None:
     turn.set(barrier=barrier, attempts=number, cost=schedule.Cost())
     metrics.begin(turn)
     turn.to_members(arm(turn.state, barrier))
+
+
+def _due(turn: Turn, *, blocked: bool = False) -> schedule.Proposal | None:
+    """What the schedule would propose now, were nothing under way; `blocked`: no commit."""
+    state = turn.state
+    policy = copying.policy(state, turn.now)
+    turn.set(cadence=schedule.no_later(policy, state.cadence, turn.now))
+    return schedule.next_proposal(policy, turn.state.cadence, state.furthest, _total(state), turn.now, blocked=blocked)
 
 
 def arm(state: State, barrier: Barrier) -> m.Arm:
@@ -121,7 +126,7 @@ def _given_way(turn: Turn, barrier: Barrier) -> bool:
         return False
     ahead = copying.steps_per_second(state, turn.now) * 2 * state.policy.heartbeat_seconds
     reached = state.furthest + ahead  # what is known of it is as old as the newest report
-    if not schedule.gives_way(copying.policy(state, turn.now), state.cadence, barrier.attempt.step, reached, turn.now):
+    if not schedule.gives_way(state.cadence, barrier.attempt.step, reached, _due(turn)):
         return False
     take_back(turn)
     return True

@@ -109,16 +109,12 @@ def next_proposal(
     return committed
 
 
-def gives_way(policy: CheckpointPolicy, cadence: Cadence, step: int, reached: float, now: float) -> bool:
-    """Whether a commit that waits for `step` is to be taken back for a snapshot that is due long before it.
+def gives_way(cadence: Cadence, step: int, reached: float, instead: Proposal | None) -> bool:
+    """Whether a commit that waits for `step` is to be taken back for what would be proposed instead.
 
-    `reached` is where the front rank must be by now. One that was missed before stands.
+    That is a snapshot, long before it. `reached` is where the front rank must be by now.
     """
-    if policy.snapshot_steps:
-        is_due = policy.snapshot_auto and not 0 < cadence.put_off < step
-    else:
-        is_due = policy.snapshot_seconds > 0 and now >= cadence.snapshot_due
-    return is_due and step > reached + 2 * cadence.lookahead
+    return instead is not None and not instead.persist and step > reached + 2 * cadence.lookahead
 
 
 def _next_step(every: int, cadence: Cadence, furthest: int) -> int:
@@ -171,6 +167,13 @@ def after_snapshot(policy: CheckpointPolicy, cadence: Cadence, now: float) -> Ca
 def put_off(cadence: Cadence, now: float) -> Cadence:
     """There is no memory for another snapshot at present."""
     return replace(cadence, retry_at=now + PACE_SECONDS_MIN)
+
+
+def after_return(cadence: Cadence, step: int) -> Cadence:
+    """All ranks go on from `step`: what was done after it is done again. What failed says nothing about this time."""
+    return replace(
+        cadence, beyond=min(cadence.beyond, step), put_off=0, refused=False, retry_at=0.0, commit_at=0.0, failures=0
+    )
 
 
 def after_taken(cadence: Cadence, step: int) -> Cadence:

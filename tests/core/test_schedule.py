@@ -90,6 +90,22 @@ def test_guess_that_came_too_late_once_does_not_keep_snapshots_away_between_comm
     assert held[-6:] == [31, 32, 33, 36, 37, 38]  # what is nearer to a commit than arming takes is left out
 
 
+def test_steps_that_are_done_again_are_snapshotted_again() -> None:
+    """Three snapshots and the wait for a commit were before a failure that took all ranks back to step 25."""
+    policy = CheckpointPolicy(every_steps=5, every_seconds=0.0, snapshot_steps=1)
+    before = Cadence(beyond=28, put_off=30, refused=True, failures=2, retry_at=2e9, commit_at=2e9, lookahead=2)
+    found = schedule.next_proposal(policy, schedule.after_return(before, 25), furthest=25, total=0, now=1e9)
+    assert found == schedule.Proposal(26, persist=False, put_off=30)
+    assert schedule.after_return(before, 40).beyond == 28, "nothing was taken of the steps between"
+
+
+@pytest.mark.parametrize("instead", [None, schedule.Proposal(30, persist=True), schedule.Proposal(12, persist=False)])
+def test_commit_gives_way_to_a_snapshot_and_to_nothing_else(instead: schedule.Proposal | None) -> None:
+    given = schedule.gives_way(Cadence(), 30, 11.0, instead)
+    assert given == (instead is not None and not instead.persist)
+    assert not schedule.gives_way(Cadence(), 15, 11.0, instead), "so near that the snapshot would be in its way"
+
+
 def test_policy_without_a_period_is_off() -> None:
     assert CheckpointPolicy(every_steps=0, every_seconds=0.0).off
     assert not STEPS.off

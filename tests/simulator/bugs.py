@@ -22,6 +22,7 @@ from ftrain.core import (
     retention,
     rounds,
     run_state,
+    schedule,
 )
 
 if TYPE_CHECKING:
@@ -279,6 +280,20 @@ def _order_answered_whenever_it_is_heard(stack: ExitStack) -> None:
     stack.enter_context(patch.object(node, "_halt", halt))
 
 
+def _commit_gives_way_to_itself(stack: ExitStack) -> None:
+    """A snapshot is due sooner; but the steps up to where others were before a failure are not taken again."""
+    gives_way, after_return = schedule.gives_way, schedule.after_return
+
+    def gives(cadence: Any, step: int, reached: float, _instead: Any) -> bool:
+        return gives_way(cadence, step, reached, schedule.Proposal(step, persist=False))
+
+    def returned(cadence: Any, step: int) -> Any:
+        return replace(after_return(cadence, step), beyond=cadence.beyond)
+
+    stack.enter_context(patch.object(schedule, "gives_way", gives))
+    stack.enter_context(patch.object(schedule, "after_return", returned))
+
+
 # Where a hunt for a bug that shows seldom aims a fault: the act of a coordinator, and what strikes right after it.
 AIMS = {
     "attempt-numbers-used-again": ("arm", "pause coordinator"),
@@ -313,5 +328,6 @@ BUGS: dict[str, Callable[[ExitStack], Prepare | None]] = {
     "any-rank-taken-for-a-replica": _any_rank_taken_for_a_replica,
     "snapshot-of-some-ranks-believed": _snapshot_of_some_ranks_believed,
     "attempt-not-waited-for": _attempt_not_waited_for,
+    "commit-gives-way-to-itself": _commit_gives_way_to_itself,
     "order-answered-whenever-it-is-heard": _order_answered_whenever_it_is_heard,
 }

@@ -40,7 +40,7 @@ class Truth:
         self.lines: dict[int, int] = {}  # generation -> the step that it went on from in place, -1 where it did not
         self.began: dict[int, int] = {}  # generation -> the step at which its first rank came into its loop
         self.told: set[tuple[int, int]] = set()  # (generation, pid) that have planned
-        self.orders: dict[tuple[str, str], tuple[m.FromCoordinator, float, int]] = {}  # the last, since when, how often
+        self.orders: dict[tuple[str, str, bool], tuple[object, float, int]] = {}  # the last, since when, how often
         self.damaged: set[m.Attempt] = set()
         self.histories: dict[m.Attempt, int] = {}  # the generation in which the step of a snapshot was done
         self.commits = 0
@@ -326,12 +326,16 @@ class Truth:
         """The same thing is said with each heartbeat, so that it is heard: not as often as both can talk."""
         if isinstance(message, m.Heard | m.Tell):
             return
-        known, since, times = self.orders.get((coordinator.name, name), (None, 0.0, 0))
-        if known != message or self.world.now - since > self.world.plan.policy.heartbeat_seconds:
+        order: object = message
+        if isinstance(message, m.Arm):  # another attempt for the same step is the same once more
+            order = message.attempt.generation, message.attempt.step
+        key = coordinator.name, name, isinstance(message, m.Arm)
+        known, since, times = self.orders.get(key, (None, 0.0, 0))
+        if known != order or self.world.now - since > self.world.plan.policy.heartbeat_seconds:
             since, times = self.world.now, 0
         if times > REPEATS_MAX:
             raise Violation(f"{name} is told the same {times} times within a heartbeat: {message}")
-        self.orders[coordinator.name, name] = message, since, times + 1
+        self.orders[key] = order, since, times + 1
 
     def ended(self) -> None:
         """The run was recorded as finished well: its last state must be committed."""
