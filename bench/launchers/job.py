@@ -26,6 +26,7 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 PATIENCE_SECONDS = 90.0
 HURTS = {"kill": "kill", "stop": "stop", "node": "loss of the node"}  # as a table names them
 SPARE_SECONDS = 10.0  # for a spare launcher, to be there and idle
+LOOK_SECONDS = 0.02  # at what the script wrote, which has the times: looking takes a core from it
 SETTLE_SECONDS = 4.0  # of steps by all ranks before a kill, and then
 SETTLE_STEPS = 7  # more than one checkpoint interval of undisturbed steps
 
@@ -183,7 +184,7 @@ class Job(ABC):
             if ended or time.monotonic() > deadline:
                 why = "a launcher ended before" if ended else f"waited {PATIENCE_SECONDS:.0f} s in vain for"
                 raise NotBackError(f"{why} {what}; {self._tails()}")
-            time.sleep(0.005)
+            time.sleep(LOOK_SECONDS)
 
     def hurt_last_rank(self, phase: int, into: float = 0.5) -> Recovery:
         """Hurt the last rank in the step after the `phase`-th since a checkpoint; wait until every rank got further.

@@ -10,6 +10,7 @@ import contextlib
 import os
 import select
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from ftrain.agent.child import Job
 from ftrain.agent.heap import HeapRoom
 
 SLICE_BYTES = 4 << 20  # touched at a time; it takes some milliseconds
-PAUSE_SECONDS = 0.01  # between two: training needs the memory's bandwidth, and the core
+PAUSE_PARTS = 8  # so many times as long nothing is touched: training needs the memory's bandwidth, and the core
 KILLED_FIRST = "1000"  # of oom_score_adj: the host that is out of memory takes the spare's back before a rank's
 _OOM_SCORE = Path("/proc/self/oom_score_adj")
 _JOB = msgspec.json.Decoder(Job)
@@ -51,8 +52,9 @@ def wait_for_job(channel: socket.socket, heap_bytes: int, packet_bytes_max: int,
     poll.register(channel, select.POLLIN)
     with channel, _killed_first(), contextlib.suppress(ConnectionResetError):
         room = HeapRoom(heap_bytes)
-        while room.touch(SLICE_BYTES) and not poll.poll(PAUSE_SECONDS * 1000):
-            pass
+        began = time.monotonic()
+        while room.touch(SLICE_BYTES) and not poll.poll(1000 * PAUSE_PARTS * (time.monotonic() - began)):
+            began = time.monotonic()
         packet, fds, _, _ = socket.recv_fds(channel, packet_bytes_max, fds_max)
         if packet:
             return _JOB.decode(packet), fds

@@ -145,7 +145,8 @@ class Snapshotter:
 
     def _reserve_more(self) -> None:
         try:
-            self._arena.reserve(self._slots_wanted, *self._room, self._bytes_max)
+            for slots in range(SLOTS_MIN + 1, self._slots_wanted + 1):
+                self._arena.reserve(slots, *self._room, self._bytes_max)
         except OutOfMemory as error:
             log.warning("snapshots in memory are less frequent than they could be: no slot more, %s", error)
 

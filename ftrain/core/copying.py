@@ -3,7 +3,7 @@
 What a rank holds and no other one does is lost with it, but for its newest snapshot: so there is one after each step,
 as far as that costs little. What no other *node* has is lost with the node, but for the newest snapshot that all nodes'
 keepers have of it, and that the others' arenas still hold: one snapshot at a time is sent, the one that was sent before
-stays meanwhile, and a third slot is there for those in between.
+stays meanwhile, and a third slot is there for those in between; a fourth where they are sent one after the other.
 """
 
 from __future__ import annotations
@@ -25,8 +25,11 @@ SPARED_SECONDS = 10.0  # that the one sent before stays while the next one is on
 
 def slots_wanted(state: State) -> int:
     """Of the arena of a rank of the generation that begins, should it hold what no other rank has."""
-    given = state.policy.checkpoint
-    return SLOTS if given.snapshots and (not given.off or _has_keepers(state)) else SLOTS_MIN
+    given, sent = state.policy.checkpoint, _has_keepers(state)
+    if not given.snapshots or (given.off and not sent):
+        return SLOTS_MIN
+    one_after_the_other = not given.snapshot_auto and given.snapshot_seconds < COPY_SECONDS
+    return SLOTS + 1 if sent and one_after_the_other else SLOTS
 
 
 def policy(state: State, now: float) -> CheckpointPolicy:
@@ -61,8 +64,8 @@ def is_copied(state: State, persist: bool, now: float) -> bool:
         return False
     if _slots(state) < SLOTS or state.copying is None or not _is_of_use(state, state.copying):
         return True
-    if not persist and now < state.copied_at + COPY_SECONDS:
-        return False
+    if not persist and state.policy.checkpoint.snapshot_auto and now < state.copied_at + COPY_SECONDS:
+        return False  # whoever says how often there is one means that it outlives its node
     return _safe(state) == state.copying
 
 

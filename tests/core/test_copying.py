@@ -179,15 +179,16 @@ def test_commit_takes_the_slot_of_what_is_only_kept() -> None:
     assert copying.has_room(scene.state, scene.state.barrier.stays)
 
 
-def test_snapshots_of_a_given_period_are_sent_no_more_often() -> None:
-    scene = Scene(policy=CheckpointPolicy(0, 3600.0, snapshot_steps=2))
+def test_snapshots_of_a_given_period_are_sent_as_soon_as_the_last_one_is_there() -> None:
+    scene = Scene(policy=CheckpointPolicy(0, 3600.0, snapshot_steps=2), slots=copying.SLOTS + 1)
+    assert copying.slots_wanted(scene.state) == scene.slots
     found = []
     for _ in range(8):
         sent = scene.snapshot()
         scene.kept = (sent.attempt,) if sent.copied else scene.kept
         found.append((sent.attempt.step, sent.copied))
-    assert [step for step, _ in found] == [2, 4, 6, 8, 10, 12, 14, 16]
-    assert [step for step, copied in found if copied] == [2, 14]
+    assert [step for step, _ in found] == [2, 4, 6, 8, 10, 12, 14, 16], "none waits for a slot"
+    assert [step for step, copied in found if copied] == [2, 6, 10, 14], "the next one was armed already"
 
 
 def test_without_memory_for_a_third_slot_all_are_copied_and_none_waits() -> None:
@@ -337,6 +338,9 @@ def test_slots_are_asked_for_where_copies_are_sent() -> None:
     assert copying.slots_wanted(Scene(peer_port=0).state) == 3, "one is written while others are taken"
     assert copying.slots_wanted(Scene(peer_port=0, policy=replace(AUTO, every_seconds=0.0)).state) == 2
     assert copying.slots_wanted(Scene(policy=replace(AUTO, snapshot_auto=False)).state) == 3
+    often = replace(AUTO, snapshot_auto=False, snapshot_seconds=1.0)
+    assert copying.slots_wanted(Scene(policy=often).state) == 4
+    assert copying.slots_wanted(Scene(policy=often, peer_port=0).state) == 3
     assert copying.slots_wanted(Scene(policy=CheckpointPolicy(10, 0.0)).state) == 2
 
 
