@@ -41,6 +41,7 @@ class Barrier:
     hold: bool = False  # workers wait at the boundary for a verdict
     persist: bool = True  # False: it is over once it is sealed
     copied: bool = True  # to other nodes
+    sends: Attempt | None = None  # to other nodes, too, of what was taken before
     stays: tuple[Attempt, ...] = ()  # snapshots whose slots are not to be taken for it
     metrics: Mapping[str, Logged] = field(default_factory=dict)  # each one's newest value at the step, once sealed
     stage: Stage = Stage.PROPOSED

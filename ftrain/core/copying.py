@@ -54,19 +54,27 @@ def is_sent(state: State) -> bool:
     return "" in nodes or any(len(names) < 2 for names in nodes.values())
 
 
-def is_copied(state: State, persist: bool, now: float) -> bool:
-    """Whether the attempt that is proposed goes to other nodes: one at a time, where there is memory for that.
+def next_sent(state: State, persist: bool, now: float) -> tuple[m.Attempt | None, bool]:
+    """What goes to other nodes next: a snapshot that is held, and whether the attempt that is proposed does.
 
-    A commit's does as soon as the last one is there, and where it could not, the next one after it: what is lost with a
-    node is older in memory than in storage otherwise, and would have to be read from storage.
+    One at a time, where there is memory for that. A commit's does as soon as the last one is there, and where it could
+    not, the next one after it: what is lost with a node is older in memory than in storage otherwise, and would have
+    to be read from storage.
     """
     if not is_sent(state):
-        return False
-    if _slots(state) < SLOTS or state.copying is None or not _is_of_use(state, state.copying):
-        return True
-    if not persist and state.policy.checkpoint.snapshot_auto and now < state.copied_at + COPY_SECONDS:
-        return False  # whoever says how often there is one means that it outlives its node
-    return _safe(state) == state.copying
+        return None, False
+    copying, newest = state.copying, state.held
+    if _slots(state) < SLOTS:
+        return None, True
+    # Whoever says how often there is a snapshot means that it outlives its node.
+    is_due = not state.policy.checkpoint.snapshot_auto or now >= state.copied_at + COPY_SECONDS
+    if copying is None or not _is_of_use(state, copying):
+        is_due = True
+    elif copying != _safe(state) and _is_held(state, copying):
+        return None, False  # it is on its way
+    if is_due and newest is not None and newest != copying and _is_of_use(state, newest):
+        return newest, False
+    return None, is_due or persist
 
 
 def stays(state: State, persist: bool, now: float) -> tuple[m.Attempt, ...]:
@@ -117,6 +125,11 @@ def _is_of_use(state: State, attempt: m.Attempt) -> bool:
     """No commit is newer."""
     commits = state.history.commits
     return not commits or commits[-1][1].attempt.step <= attempt.step
+
+
+def _is_held(state: State, attempt: m.Attempt) -> bool:
+    """By the arenas of all nodes, as far as is known."""
+    return attempt == state.held or all(attempt in state.report(name).held for name in state.members)
 
 
 def _safe(state: State) -> m.Attempt | None:

@@ -390,6 +390,7 @@ class Arm(msgspec.Struct, frozen=True, tag="arm", tag_field="kind", forbid_unkno
     persist: bool = True  # False: it stays in the arenas
     stays: Annotated[tuple[Attempt, ...], msgspec.Meta(max_length=4)] = ()  # snapshots whose slots stay as they are
     copied: bool = True  # to the node's keeper; not needed where living replicas on other nodes have all of it
+    sends: Attempt | None = None  # one that is held already, to the keeper from now on
     base: Attempt | None = None  # the commit whose packs may be referred to, for what has not changed since
 
 

@@ -33,6 +33,9 @@ def arm(turn: Turn, message: m.Arm) -> None:
         turn.send(m.ArmReply(attempt, False, -1, "it was refused, or given up, before"))
         return
     turn.set(attempt_seen=attempt.number)
+    sends = {slot: held for slot, held in state.held.items() if held == message.sends}
+    turn.set(copied={**state.copied, **sends})
+    state = turn.state
     if snapshot is not None and snapshot.hold and not snapshot.decided:
         # Who had it held is gone, or it would have said what becomes of it.
         turn.do(SetVerdict(snapshot.attempt, False, ranks_of(state)))

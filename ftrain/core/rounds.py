@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import msgspec
+
 from ftrain.core import commit, copying, journal, metrics, recovery, retention, schedule
 from ftrain.core import messages as m
 from ftrain.core.commit import Barrier
@@ -57,6 +59,9 @@ def propose(turn: Turn) -> None:
         step, hold, persist = found.step, False, found.persist
         if found.put_off and not state.cadence.put_off:
             turn.set(cadence=replace(state.cadence, put_off=found.put_off))
+    sends, copied = copying.next_sent(state, persist, turn.now)
+    if sends is not None:
+        state = msgspec.structs.replace(state, copying=sends, copied_at=turn.now)
     stays = copying.stays(state, persist, turn.now)
     if not persist and not copying.has_room(state, stays):
         turn.set(cadence=schedule.put_off(turn.state.cadence, turn.now))
@@ -69,11 +74,18 @@ def propose(turn: Turn) -> None:
         generation.ranks,
         hold,
         persist,
-        copying.is_copied(state, persist, turn.now),
+        copied,
+        sends,
         stays,
         deadline=turn.now + state.policy.checkpoint.attempt_seconds,
     )
-    turn.set(barrier=barrier, attempts=number, cost=schedule.Cost())
+    turn.set(
+        barrier=barrier,
+        attempts=number,
+        cost=schedule.Cost(),
+        copying=state.copying,
+        copied_at=state.copied_at,
+    )
     metrics.begin(turn)
     turn.to_members(arm(turn.state, barrier))
 
@@ -96,6 +108,7 @@ def arm(state: State, barrier: Barrier) -> m.Arm:
         barrier.persist,
         barrier.stays,
         barrier.copied,
+        barrier.sends,
         base.attempt if base is not None else None,
     )
 

@@ -20,6 +20,11 @@ QUICK = 0.001  # seconds that a cheap snapshot takes
 PACE = schedule.PACE_SECONDS_MIN
 
 
+def goes(message: m.Arm) -> m.Attempt | None:
+    """What other nodes are to have from now on."""
+    return message.attempt if message.copied else message.sends
+
+
 class Scene(scenes.Scene):
     """Two nodes of one rank each, a step each second, whose ranks and keepers say what they have."""
 
@@ -59,9 +64,9 @@ class Scene(scenes.Scene):
             self.say(node, m.Sealed(attempt, rank, seconds / 100, seconds))
         return sent
 
-    def until_copied(self) -> m.Arm:
-        """Snapshots, until one that is to be sent to other nodes was taken."""
-        while not (sent := self.snapshot()).copied:
+    def until_sent(self) -> m.Attempt:
+        """Snapshots, until one is to go to other nodes."""
+        while (sent := goes(self.snapshot())) is None:
             pass
         return sent
 
@@ -127,23 +132,19 @@ def test_one_snapshot_at_a_time_goes_to_other_nodes_and_stays_meanwhile() -> Non
     first = scene.snapshot()
     assert first.copied
     between = [scene.snapshot() for _ in range(4)]
-    assert not any(sent.copied for sent in between)
+    assert not any(map(goes, between))
     assert all(first.attempt in sent.stays for sent in between)
     assert all(len(sent.stays) < 3 for sent in between)
     scene.kept = (first.attempt,)
-    rest = [scene.snapshot() for _ in range(8)]
-    copied = [sent.attempt.step for sent in rest if sent.copied]
-    assert copied == [first.attempt.step + copying.COPY_SECONDS + 1], "a step takes a second"
+    assert scene.until_sent().step == first.attempt.step + copying.COPY_SECONDS, "a step takes a second"
 
 
 def test_snapshot_that_is_safe_on_other_nodes_stays_until_the_next_one_is() -> None:
     scene = Scene()
     first = scene.snapshot().attempt
     scene.kept = (first,)
-    while not (sent := scene.snapshot()).copied:
-        assert first in sent.stays or sent.attempt.step == first.step + 1  # that one was armed before
-    second = sent.attempt
-    one_more = scene.snapshot()
+    while (second := goes(one_more := scene.snapshot())) is None:
+        assert first in one_more.stays or one_more.attempt.step == first.step + 1  # that one was armed before
     assert set(one_more.stays) == {first, second}
     for _ in range(5):  # three slots are taken: nothing is lost for the sake of a snapshot that stays in memory
         assert scene.next_step() == []
@@ -154,24 +155,34 @@ def test_snapshot_that_is_safe_on_other_nodes_stays_until_the_next_one_is() -> N
     assert set(scene.arm_sent().stays) == {second, one_more.attempt}
 
 
+def test_copy_that_no_arena_has_any_more_is_not_waited_for() -> None:
+    """All ranks went on from an older one, in a new generation."""
+    scene = Scene(policy=replace(AUTO, every_seconds=0.0))
+    gone = scene.snapshot().attempt
+    assert scene.state.copying == gone
+    scene.snapshot()
+    scene.held = tuple(one for one in scene.held if one != gone)
+    scene.next_step()
+    sent = scene.until_sent()
+    assert sent.step > gone.step
+
+
 def test_copies_that_take_long_stop_no_snapshot_for_longer_than_they_are_worth() -> None:
     scene = Scene()
     scene.kept = (scene.snapshot().attempt,)
-    slow = scene.until_copied().attempt
-    scene.snapshot()
+    slow = scene.until_sent()
     waited = 0
     while scene.next_step() == []:
         waited += 1
     assert waited < copying.SPARED_SECONDS + 1
     assert slow in scene.arm_sent().stays, "it is still on its way"
-    assert not scene.arm_sent().copied
+    assert goes(scene.arm_sent()) is None
 
 
 def test_commit_takes_the_slot_of_what_is_only_kept() -> None:
     scene = Scene()
     scene.kept = (scene.snapshot().attempt,)
-    scene.until_copied()
-    scene.snapshot()
+    scene.until_sent()
     assert scene.next_step() == []
     scene.commit_due()
     assert scene.state.barrier is not None
@@ -185,10 +196,10 @@ def test_snapshots_of_a_given_period_are_sent_as_soon_as_the_last_one_is_there()
     found = []
     for _ in range(8):
         sent = scene.snapshot()
-        scene.kept = (sent.attempt,) if sent.copied else scene.kept
-        found.append((sent.attempt.step, sent.copied))
-    assert [step for step, _ in found] == [2, 4, 6, 8, 10, 12, 14, 16], "none waits for a slot"
-    assert [step for step, copied in found if copied] == [2, 6, 10, 14], "the next one was armed already"
+        scene.kept = (new,) if (new := goes(sent)) is not None else scene.kept
+        found.append(sent)
+    assert [sent.attempt.step for sent in found] == [2, 4, 6, 8, 10, 12, 14, 16], "none waits for a slot"
+    assert [one.step for one in map(goes, found) if one is not None] == [2, 4, 8, 12]
 
 
 def test_without_memory_for_a_third_slot_all_are_copied_and_none_waits() -> None:
@@ -247,19 +258,19 @@ def test_snapshots_go_on_while_a_commit_is_written() -> None:
 def test_commit_goes_to_other_nodes_as_soon_as_the_last_copy_is_there() -> None:
     """What is lost with a node is then not older in memory than in storage."""
     scene = Scene()
-    scene.until_copied()
+    scene.until_sent()
     scene.commit_due()
     on_its_way = scene.snapshot()
     while not on_its_way.persist:
         on_its_way = scene.snapshot()
-    assert not on_its_way.copied, "the one before is not at its keeper yet"
+    assert goes(on_its_way) is None, "the one before is not at its keeper yet"
     prepare(scene, on_its_way.attempt)
     scene.do(run_state.Published(on_its_way.attempt, "f" * 64))
     scene.stored()
     scene.snapshot()  # armed before
-    assert scene.snapshot().copied, "the commit itself could not be, and is newer than all that another node has"
+    assert goes(scene.snapshot()), "the commit itself could not be, and is newer than all that another node has"
     assert scene.state.copying is not None
-    assert not scene.snapshot().copied
+    assert goes(scene.snapshot()) is None
     scene.kept = (scene.state.copying,)
     second = write_commit(scene)
     assert scene.state.copying == second

@@ -42,7 +42,7 @@ FROM_COORDINATOR: list[m.FromCoordinator] = [
     m.Stop(3, 1, "rank 1 was killed", 1.0),
     m.Halt(3, 1, "rank 1 was killed"),
     m.KillRank(3, 1, 1, 20, 7, HANG),
-    m.Arm(3, ATTEMPT, True, True, (EARLIER,), True, EARLIER),
+    m.Arm(3, ATTEMPT, True, True, (EARLIER,), True, EARLIER, EARLIER),
     m.Abort(3, ATTEMPT, "the disk is full"),
     m.Committed(3, ATTEMPT),
     m.Verdict(3, ATTEMPT, True),

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tests.simulator.world import World
 
 
-REPEATS_MAX = 30  # of an order within a heartbeat, with all that a bad network makes of it
+ARMS_MAX, ANSWERS_MAX = 30, 100  # of a kind within a heartbeat: a node that was paused asks for many answers at once
 
 
 class Violation(Exception):
@@ -333,7 +333,7 @@ class Truth:
         known, since, times = self.orders.get(key, (None, 0.0, 0))
         if known != order or self.world.now - since > self.world.plan.policy.heartbeat_seconds:
             since, times = self.world.now, 0
-        if times > REPEATS_MAX:
+        if times > (ARMS_MAX if isinstance(message, m.Arm) else ANSWERS_MAX):
             raise Violation(f"{name} is told the same {times} times within a heartbeat: {message}")
         self.orders[key] = order, since, times + 1
 

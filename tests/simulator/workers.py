@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ftrain.core import local
 from ftrain.core import messages as m
+from ftrain.core.copying import SLOTS
 from ftrain.core.node_state import SLOTS_MIN
 from ftrain.core.page import NO_STEP, Phase, verdict_on
 from ftrain.errors import ExitCode
@@ -41,7 +42,7 @@ class Memory:
     newest boundaries, and of each the history that it is of: the generation in which that step was done.
     """
 
-    slots: list[object] = field(default_factory=lambda: [None, None, None])
+    slots: list[object] = field(default_factory=lambda: [None] * (SLOTS + 1))
     box: list[int] = field(default_factory=list)
     histories: dict[int, int] = field(default_factory=dict)
 
