@@ -334,6 +334,8 @@ def _aborted(turn: Turn, barrier: Barrier) -> None:
             # Nothing is tried any more that a pause could help.
             cadence = replace(cadence, retry_at=turn.now, commit_at=turn.now)
     turn.set(cadence=cadence)
+    if barrier.sends is not None and barrier.accepted != barrier.nodes:
+        turn.set(copying=None)  # a node may not have heard that it is to send that
     turn.to_members(m.Abort(state.term, barrier.attempt, barrier.cause))
     if barrier.hold and barrier.accepted != barrier.nodes:  # else they were told to leave, and that stands
         turn.to_members(m.Verdict(state.term, barrier.attempt, leave=False))

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import torch
-from torch.distributed.tensor import _sharding_prop
 
 _TRIES = "_propagate_tensor_meta_non_cached"
 _Ask = Callable[[Any, Any], Any]  # (propagator, operator with its arguments) -> the form of its result
@@ -36,9 +35,13 @@ KEEPING = frozenset(
 
 def use() -> None:
     """From now on in this process. Again without effect."""
-    tries: _Ask | None = getattr(_sharding_prop.ShardingPropagator, _TRIES, None)
+    try:
+        from torch.distributed.tensor._sharding_prop import ShardingPropagator
+    except ImportError:
+        return
+    tries: _Ask | None = getattr(ShardingPropagator, _TRIES, None)
     if tries is not None and not hasattr(tries, "__wrapped__"):
-        setattr(_sharding_prop.ShardingPropagator, _TRIES, _unless_known(tries))
+        setattr(ShardingPropagator, _TRIES, _unless_known(tries))
 
 
 def _unless_known(tries: _Ask) -> _Ask:

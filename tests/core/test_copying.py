@@ -167,6 +167,22 @@ def test_copy_that_no_arena_has_any_more_is_not_waited_for() -> None:
     assert sent.step > gone.step
 
 
+def test_what_a_node_may_not_have_heard_of_is_sent_again() -> None:
+    scene = Scene(policy=CheckpointPolicy(0, 3600.0, snapshot_steps=2), slots=copying.SLOTS + 1)
+    scene.kept = (scene.snapshot().attempt,)
+    newest = scene.snapshot().attempt
+    while scene.arm_sent().sends is None or scene.state.barrier is None:
+        scene.next_step()
+    sent = scene.arm_sent()
+    assert sent.sends == newest
+    scene.say(scenes.NODES[0], m.ArmReply(sent.attempt, False, -1, "not all of its workers are in their loop"))
+    assert scene.state.barrier is None
+    scene.next_step()
+    again = scene.arm_sent()
+    assert again.attempt.number > sent.attempt.number
+    assert again.sends == newest
+
+
 def test_copies_that_take_long_stop_no_snapshot_for_longer_than_they_are_worth() -> None:
     scene = Scene()
     scene.kept = (scene.snapshot().attempt,)
