@@ -26,7 +26,7 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 PATIENCE_SECONDS = 90.0
 HURTS = {"kill": "kill", "stop": "stop", "node": "loss of the node"}  # as a table names them
 SPARE_SECONDS = 10.0  # for a spare launcher, to be there and idle
-LOOK_SECONDS = 0.02  # at what the script wrote, which has the times: looking takes a core from it
+LOOK_SECONDS = 0.02  # at what the script wrote, which has the times: looking takes time from it
 SETTLE_SECONDS = 4.0  # of steps by all ranks before a kill, and then
 SETTLE_STEPS = 7  # more than one checkpoint interval of undisturbed steps
 

@@ -8,7 +8,6 @@ from ftrain.core import ending, journal, leaving, membership, metrics, reception
 from ftrain.core import messages as m
 from ftrain.core.membership import Generation, Node
 from ftrain.core.run_state import Continues, Phase, State, Turn
-from ftrain.core.schedule import Cadence
 from ftrain.errors import ExitCode
 
 
@@ -99,8 +98,8 @@ def _begin(turn: Turn, generation: Generation, line: m.Line | None, survivors: f
     )
     metrics.go_back(turn, line.step if line is not None else resume.attempt.step if resume is not None else 0, resume)
     if line is None:
-        cadence = Cadence(due=turn.now + policy.every_seconds, snapshot_due=turn.now + policy.snapshot_seconds)
-        turn.set(attempts=0, cadence=cadence, held=None, copying=None)
+        due, snapshot_due = turn.now + policy.every_seconds, turn.now + policy.snapshot_seconds
+        turn.set(attempts=0, cadence=schedule.Cadence(due, snapshot_due), held=None, copying=None)
     else:
         turn.set(cadence=schedule.after_return(state.cadence, line.step))
     turn.enter(Phase.STARTING)

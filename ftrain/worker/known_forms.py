@@ -79,8 +79,7 @@ def known_form(schema: Any) -> object:
 
 def _forms(argument: object) -> list[Any] | None:
     """Of a tensor, or of each of a list; None where one is none."""
-    tensors = argument if isinstance(argument, Sequence) else [argument]
-    forms = [getattr(one, "tensor_meta", None) for one in tensors]
+    forms = [getattr(one, "tensor_meta", None) for one in _each(argument)]
     return None if None in forms else forms
 
 
@@ -96,7 +95,11 @@ def _fits(argument: object, forms: Sequence[Any]) -> bool:
 
 def _is_number(argument: object) -> bool:
     """Or a list of numbers."""
-    return all(isinstance(one, int | float) for one in (argument if isinstance(argument, Sequence) else [argument]))
+    return all(isinstance(one, int | float) for one in _each(argument))
+
+
+def _each(argument: object) -> Sequence[object]:
+    return argument if isinstance(argument, Sequence) else [argument]
 
 
 def _is_written(argument: Any) -> bool:
@@ -105,9 +108,4 @@ def _is_written(argument: Any) -> bool:
 
 def _is_plain(form: Any) -> bool:
     """Floats, element after element."""
-    expected = 1
-    for extent, stride in zip(reversed(form.shape), reversed(form.stride), strict=True):
-        if extent != 1 and stride != expected:
-            return False
-        expected *= max(1, extent)
-    return bool(form.dtype.is_floating_point)
+    return bool(form.dtype.is_floating_point and torch.empty(form.shape, device="meta").stride() == form.stride)

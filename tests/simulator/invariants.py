@@ -40,7 +40,7 @@ class Truth:
         self.lines: dict[int, int] = {}  # generation -> the step that it went on from in place, -1 where it did not
         self.began: dict[int, int] = {}  # generation -> the step at which its first rank came into its loop
         self.told: set[tuple[int, int]] = set()  # (generation, pid) that have planned
-        self.orders: dict[tuple[str, str, bool], tuple[object, float, int]] = {}  # the last, since when, how often
+        self.orders: dict[tuple[str, str, int], tuple[object, float, int]] = {}  # the last, since when, how often
         self.damaged: set[m.Attempt] = set()
         self.histories: dict[m.Attempt, int] = {}  # the generation in which the step of a snapshot was done
         self.commits = 0
@@ -327,13 +327,14 @@ class Truth:
         if isinstance(message, m.Heard | m.Tell):
             return
         order: object = message
+        most = ANSWERS_MAX
         if isinstance(message, m.Arm):  # another attempt for the same step is the same once more
-            order = message.attempt.generation, message.attempt.step
-        key = coordinator.name, name, isinstance(message, m.Arm)
+            order, most = (message.attempt.generation, message.attempt.step), ARMS_MAX
+        key = coordinator.name, name, most
         known, since, times = self.orders.get(key, (None, 0.0, 0))
         if known != order or self.world.now - since > self.world.plan.policy.heartbeat_seconds:
             since, times = self.world.now, 0
-        if times > (ARMS_MAX if isinstance(message, m.Arm) else ANSWERS_MAX):
+        if times > most:
             raise Violation(f"{name} is told the same {times} times within a heartbeat: {message}")
         self.orders[key] = order, since, times + 1
 

@@ -19,7 +19,8 @@ from ftrain.worker.known_forms import UNKNOWN
 
 SIZE = 2  # ranks, of which only this one is there: no tensor is moved, only forms are asked for
 Propagator = _sharding_prop.ShardingPropagator
-TRIES: Callable[[Any, Any], Any] = Propagator._propagate_tensor_meta_non_cached
+NAME = "_propagate_tensor_meta_non_cached"
+TRIES: Callable[[Any, Any], Any] = getattr(Propagator, NAME)
 SHAPES = ((7, 3), (8,), (1,), (5, 1, 2), (4, 0), ())
 OPTIMIZERS: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
     "adamw": lambda given: torch.optim.AdamW(given, foreach=False),
@@ -36,7 +37,7 @@ OPTIMIZERS: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
 @pytest.fixture(autouse=True)
 def _mesh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Two ranks, no form known to torch beforehand, and its own way of trying at the end."""
-    monkeypatch.setattr(Propagator, "_propagate_tensor_meta_non_cached", TRIES)
+    monkeypatch.setattr(Propagator, NAME, TRIES)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=SIZE)
     _forget()
     yield
@@ -58,7 +59,7 @@ def _tried(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
         tried.append((schema, form))
         return form
 
-    monkeypatch.setattr(Propagator, "_propagate_tensor_meta_non_cached", trying)
+    monkeypatch.setattr(Propagator, NAME, trying)
     return tried
 
 
@@ -139,7 +140,7 @@ def test_what_may_not_fit_is_tried(monkeypatch: pytest.MonkeyPatch, change: Call
     def trying(_propagator: object, schema: Any) -> None:
         raise RuntimeError(f"tried {schema.op}")
 
-    monkeypatch.setattr(Propagator, "_propagate_tensor_meta_non_cached", trying)
+    monkeypatch.setattr(Propagator, NAME, trying)
     known_forms.use()
     with pytest.raises(RuntimeError, match="tried aten"):
         change(row, rows)
@@ -150,8 +151,8 @@ def test_a_torch_that_has_other_names_tries(monkeypatch: pytest.MonkeyPatch) -> 
         op = torch.ops.aten.sqrt.default
 
     tries: Any = lambda *_: "tried"  # noqa: E731
-    monkeypatch.setattr(Propagator, "_propagate_tensor_meta_non_cached", tries)
+    monkeypatch.setattr(Propagator, NAME, tries)
     known_forms.use()
-    assert Propagator._propagate_tensor_meta_non_cached(Propagator(), Other()) == "tried"  # type: ignore[arg-type]
-    monkeypatch.delattr(Propagator, "_propagate_tensor_meta_non_cached")
+    assert getattr(Propagator, NAME)(Propagator(), Other()) == "tried"
+    monkeypatch.delattr(Propagator, NAME)
     known_forms.use()
