@@ -24,7 +24,7 @@ from ftrain.storage.pack import Pack
 from ftrain.storage.zarr_view import pack_metadata, shard_index
 
 NICE_BESIDE_TRAINING = 10
-PROCESSORS_SHARE_MAX = 1 / 40  # of the node's, what persisting takes of them while training wants them all
+PROCESSORS_SHARE_MAX = 1 / 80  # of the node's, what persisting takes of them while training wants them all
 
 
 def beside_training(ranks: int, bytes_per_second_max: int = 0) -> Effort:
