@@ -10,6 +10,8 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
+#include <functional>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <thread>
@@ -19,6 +21,7 @@
 #include "anatomy.hpp"
 #include "bindings.hpp"
 #include "dlpack.hpp"
+#include "partner.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -28,6 +31,7 @@ namespace ftrain {
 namespace {
 
 constexpr std::size_t AHEAD = 16;  // tensors
+constexpr std::size_t PIECE = 256;  // tensors: some 10 µs
 constexpr std::ptrdiff_t LINE_BYTES = 64;
 constexpr auto REST = std::chrono::microseconds(20);  // long enough for another thread to take the interpreter
 
@@ -47,6 +51,24 @@ bool is_contiguous(const dlpack::Tensor& tensor) {
     return true;
 }
 
+// A dict as it was at one time: CPython gives it another number at each change, and none to two dicts. An empty one where this
+// CPython has no such numbers.
+class DictMark {
+public:
+    explicit DictMark(const nb::handle dict) : dict_(dict.ptr()) {
+#if PY_VERSION_HEX < 0x030C0000
+        number_ = reinterpret_cast<const PyDictObject*>(dict.ptr())->ma_version_tag;
+#endif
+    }
+
+    bool tells() const { return number_ != 0; }
+    bool operator==(const DictMark&) const = default;
+
+private:
+    const PyObject* dict_;  // not held: another dict at its place has another number
+    std::uint64_t number_ = 0;
+};
+
 class Look {
 public:
     Look(std::size_t tensors, const Anatomy* anatomy) {
@@ -60,7 +82,7 @@ public:
         extents_.reserve(4 * tensors);  // most have two dimensions
     }
 
-    void add(const PyObject* object, const dlpack::Tensor& tensor) {
+    void add(PyObject* object, const dlpack::Tensor& tensor) {
         objects_.push_back(object);
         places_.push_back({reinterpret_cast<std::uintptr_t>(tensor.data) + tensor.byte_offset, tensor.device, tensor.dtype,
                            tensor.dimensions});
@@ -78,6 +100,17 @@ public:
 
     bool operator==(const Look& other) const { return places_ == other.places_ && extents_ == other.extents_; }
     bool is_of(const Look& other) const { return objects_ == other.objects_; }
+
+    // Whether no tensor is there twice, so that threads may count references of different ones.
+    bool has_each_once() {
+        if (!each_once_.has_value()) {
+            std::vector<PyObject*> sorted = objects_;
+            std::sort(sorted.begin(), sorted.end());
+            each_once_ = std::adjacent_find(sorted.begin(), sorted.end()) == sorted.end();
+        }
+        return *each_once_;
+    }
+
     bool all_in_host_memory() const { return all_in_host_memory_; }
 
     std::vector<std::uint64_t> addresses() const {
@@ -90,6 +123,16 @@ public:
     }
 
     const std::optional<Anatomy>& anatomy() const { return anatomy_; }
+    PyObject* object(std::size_t tensor) const { return objects_[tensor]; }
+
+    // Whether these dicts are as they were when they were marked: holding the objects of the look, in their order, by these keys.
+    bool is_in(const std::vector<DictMark>& dicts, const nb::list& keys) const {
+        return !dicts.empty() && dicts == marked_ && keys.is(marked_keys_);
+    }
+    void mark(std::vector<DictMark> dicts, const nb::list& keys) {
+        marked_ = std::move(dicts);
+        marked_keys_ = keys;
+    }
     std::size_t size() const { return objects_.size(); }
 
     // The version of a tensor that is the same object with the same memory and counter as then; -1 where it is not.
@@ -138,7 +181,10 @@ private:
         std::uint64_t identity;
     };
 
-    std::vector<const PyObject*> objects_;  // not held: only to be compared
+    std::vector<PyObject*> objects_;        // not held: only to be compared, or where dicts that were marked hold them
+    std::vector<DictMark> marked_;
+    nb::object marked_keys_;  // held: another list may come to its place
+    std::optional<bool> each_once_;
     std::vector<Root> roots_;               // where the anatomy is known: not held, either
     std::optional<Anatomy> anatomy_;
     std::vector<const char*> shapes_;       // where a tensor has them: only to be fetched ahead
@@ -256,40 +302,78 @@ nb::bytes counters(const nb::list& objects, nb::handle descriptor, const Look* b
     return bytes_of(found);
 }
 
-// Goes through the dicts in their order: (the tensors, their versions) where keys and tensors are those of the look.
-nb::object recall(const Look& before, const nb::list& dicts, const nb::list& keys, const nb::tuple& kinds) {
+// The process's own, from the first time on. Ends with the process: nobody waits for it then.
+Partner& partner() {
+    static Partner* ours = nullptr;
+    if (ours == nullptr || !ours->is_here()) {
+        ours = new Partner();  // what a fork has left of the parent's stays: its thread cannot be waited for
+    }
+    return *ours;
+}
+
+// Whether the dicts, gone through in their order, have these keys and the tensors of the look.
+bool holds(const Look& before, const nb::list& dicts, const nb::list& keys) {
+    std::size_t number = 0;
+    for (const nb::handle dict : dicts) {
+        Py_ssize_t place = 0;
+        PyObject* key = nullptr;
+        PyObject* tensor = nullptr;
+        while (PyDict_Next(dict.ptr(), &place, &key, &tensor) != 0) {
+            if (number == before.size() || key != PyList_GET_ITEM(keys.ptr(), number) || tensor != before.object(number)) {
+                return false;
+            }
+            ++number;
+        }
+    }
+    return number == before.size();
+}
+
+// (the tensors in the dicts, their versions) where keys and tensors are those of the look.
+nb::object recall(Look& before, const nb::list& dicts, const nb::list& keys, const nb::tuple& kinds) {
     const std::size_t count = before.size();
     if (!before.anatomy().has_value() || keys.size() != count) {
         return nb::none();
+    }
+    std::vector<DictMark> marks;
+    for (const nb::handle dict : dicts) {
+        if (PyDict_Check(dict.ptr()) == 0) {
+            return nb::none();
+        }
+        marks.emplace_back(dict);
+    }
+    if (!before.is_in(marks, keys)) {
+        if (!holds(before, dicts, keys)) {
+            return nb::none();
+        }
+        const bool tell = std::all_of(marks.begin(), marks.end(), [](const DictMark& mark) { return mark.tells(); });
+        before.mark(tell ? std::move(marks) : std::vector<DictMark>(), keys);
     }
     const nb::object found = nb::steal(nb::detail::raise_if_null(PyList_New(static_cast<Py_ssize_t>(count))));
     const nb::object words = nb::steal(
         nb::detail::raise_if_null(PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(count * sizeof(std::int64_t)))));
     auto* versions = reinterpret_cast<std::int64_t*>(PyBytes_AS_STRING(words.ptr()));
-    std::size_t number = 0;
-    for (const nb::handle dict : dicts) {
-        if (PyDict_Check(dict.ptr()) == 0) {
-            return nb::none();
+    const auto recall_some = [&](std::size_t begin, std::size_t end) {
+        for (std::size_t number = begin; number < std::min(begin + AHEAD, end); ++number) {
+            before.prefetch_version(number);
         }
-        Py_ssize_t place = 0;
-        PyObject* key = nullptr;
-        PyObject* tensor = nullptr;
-        while (PyDict_Next(dict.ptr(), &place, &key, &tensor) != 0) {
+        for (std::size_t number = begin; number < end; ++number) {
             before.prefetch_version(number + AHEAD);
-            if (number == count || key != PyList_GET_ITEM(keys.ptr(), number) || !is_one_of(kinds, tensor)) {
-                return nb::none();
+            PyObject* tensor = before.object(number);
+            if (!is_one_of(kinds, tensor)) {
+                return false;
             }
-            const std::int64_t version = before.version_if_same(number, tensor);
-            if (version < 0) {
-                return nb::none();
+            versions[number] = before.version_if_same(number, tensor);
+            if (versions[number] < 0) {
+                return false;
             }
-            versions[number] = version;
             Py_INCREF(tensor);
             PyList_SET_ITEM(found.ptr(), static_cast<Py_ssize_t>(number), tensor);
-            ++number;
         }
-    }
-    return number == count ? nb::object(nb::make_tuple(found, words)) : nb::none();
+        return true;
+    };
+    // All of it while this thread holds the interpreter, also what the other one does: nothing else touches these objects.
+    const bool all = before.has_each_once() ? partner().share(count, PIECE, recall_some) : recall_some(0, count);
+    return all ? nb::object(nb::make_tuple(found, words)) : nb::none();
 }
 
 // The versions of these tensors where they are those of the look.
@@ -331,6 +415,7 @@ void bind_look(nb::module_& m) {
         .def("addresses", [](const Look& self) { return bytes_of(self.addresses()); })
         .def("recall", &recall, "dicts"_a, "keys"_a, "kinds"_a)
         .def("versions", &versions_if_same, "tensors"_a);
+    m.def("expect_recall", [] { partner().expect(); });
     nb::class_<Anatomy>(m, "Anatomy");
     m.def("find_anatomy", &find_anatomy, "tensors"_a, "implementations"_a, "versions"_a);
     m.def("look", &look, "tensors"_a, "kinds"_a, "exchange"_a, "before"_a.none() = nb::none(), "anatomy"_a.none() = nb::none(),

@@ -146,11 +146,15 @@ class Look:
         """The values of these dicts and their versions, as signed 64-bit words, where they are the tensors looked at.
 
         None where a key or a value is another object, a value has another memory or counter or a type that is not among
-        `kinds`, or where the look knew no anatomy.
+        `kinds`, or where the look knew no anatomy. Dicts that did not change since the last time are not gone
+        through again where `keys` is the same list, which must not have changed either.
         """
 
     def versions(self, tensors: list[Any]) -> bytes | None:
         """As `recall` does, of tensors that the caller holds."""
+
+def expect_recall() -> None:
+    """Within half a millisecond there will be a `recall`: wakes the thread that shares its work, so that it is in time."""
 
 class Anatomy:
     """Where torch keeps what tells a tensor's memory and how often it was changed."""

@@ -6,7 +6,9 @@ Between the two anything may happen to a tensor. Each test holds the look back, 
 from __future__ import annotations
 
 import os
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -324,15 +326,61 @@ OTHER: list[Callable[[dict[str, object]], object]] = [
 ]
 
 
+@pytest.mark.parametrize("is_known", [False, True])
 @pytest.mark.parametrize("change", OTHER)
-def test_a_state_that_is_not_as_before_is_not_recalled(change: Callable[[dict[str, object]], object]) -> None:
+def test_a_state_that_is_not_as_before_is_not_recalled(
+    change: Callable[[dict[str, object]], object], is_known: bool
+) -> None:
     state: dict[str, object] = {f"t{number}": torch.zeros(number) for number in range(4)}
     tensors = list(state.values())
     seen = look(tensors)  # type: ignore[arg-type]
     keys = list(state)
     assert isinstance(seen, _native.Look)
+    if is_known:
+        assert recall(seen, [state], keys) is not None
     change(state)
     assert recall(seen, [state], keys) is None
+
+
+def test_a_dict_that_changed_and_holds_the_same_again_is_gone_through_and_recalled() -> None:
+    state = {f"t{number}": torch.zeros(number) for number in range(4)}
+    tensors, keys = list(state.values()), list(state)
+    seen = quick_look(tensors)
+    assert seen is not None
+    assert recall(seen, [state], keys) is not None
+    last = state.pop(keys[3])
+    assert recall(seen, [state], keys) is None
+    state[keys[3]] = last
+    assert recall(seen, [state], keys) == (tensors, versions(tensors))
+    assert recall(seen, [dict(state)], keys) == (tensors, versions(tensors))
+    assert recall(seen, [state], ["t0", "t1", "t2", "t4"]) is None
+
+
+@pytest.mark.parametrize("is_twice", [False, True])
+def test_recalls_shared_with_a_thread_hold_each_tensor_once_more(is_twice: bool) -> None:
+    state = {f"t{number}": torch.zeros(1) for number in range(5000)}
+    if is_twice:
+        state["t4999"] = state["t0"]
+    tensors, keys = list(state.values()), list(state)
+    seen = quick_look(tensors)
+    assert seen is not None
+    counts = list(map(sys.getrefcount, tensors))
+    for number in range(40):
+        if number % 2:
+            _native.expect_recall()
+            time.sleep(1e-4)  # until it is awake
+        state["t7"].add_(1)
+        found = recall(seen, [state], keys)
+        assert found is not None
+        assert found == (tensors, versions(tensors))
+        more = [now - count for now, count in zip(map(sys.getrefcount, tensors), counts, strict=True)]
+        assert more == [2 if tensor is tensors[-1] and is_twice else 1 for tensor in tensors]
+        del found
+        assert list(map(sys.getrefcount, tensors)) == counts
+    state["t4000"].data = torch.zeros(1)
+    _native.expect_recall()
+    assert recall(seen, [state], keys) is None
+    assert list(map(sys.getrefcount, tensors)) == counts
 
 
 def test_a_recalled_job_is_the_job_of_the_same_state() -> None:
