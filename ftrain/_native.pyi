@@ -154,7 +154,7 @@ class Look:
         """As `recall` does, of tensors that the caller holds."""
 
 def expect_recall() -> None:
-    """Within half a millisecond there will be a `recall`: wakes the thread that shares its work, so that it is in time."""
+    """Wakes the thread that shares the work of a `recall`: there will be one within half a millisecond."""
 
 class Anatomy:
     """Where torch keeps what tells a tensor's memory and how often it was changed."""
