@@ -43,5 +43,6 @@ _MODULES = {
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        return getattr(importlib.import_module(_MODULES[name]), name)
+        found = globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)  # from now on not asked again
+        return found
     raise AttributeError(f"module 'ftrain' has no attribute {name!r}")
