@@ -10,8 +10,6 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
-#include <functional>
-#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <thread>
@@ -30,7 +28,7 @@ namespace ftrain {
 
 namespace {
 
-constexpr std::size_t AHEAD = 16;  // tensors
+constexpr std::size_t AHEAD = 16;   // tensors
 constexpr std::size_t PIECE = 256;  // tensors: some 10 µs
 constexpr std::ptrdiff_t LINE_BYTES = 64;
 constexpr auto REST = std::chrono::microseconds(20);  // long enough for another thread to take the interpreter
@@ -182,9 +180,9 @@ private:
     };
 
     std::vector<PyObject*> objects_;        // not held: only to be compared, or where dicts that were marked hold them
-    std::vector<DictMark> marked_;
-    nb::object marked_keys_;  // held: another list may come to its place
     std::optional<bool> each_once_;
+    std::vector<DictMark> marked_;
+    nb::object marked_keys_;                // held: another list may come to its place
     std::vector<Root> roots_;               // where the anatomy is known: not held, either
     std::optional<Anatomy> anatomy_;
     std::vector<const char*> shapes_;       // where a tensor has them: only to be fetched ahead
