@@ -284,7 +284,7 @@ def test_on_idle_that_raises_ends_the_fetch(paths: list[Path], backend: str, dir
 
 
 LONG_FETCH = """
-import os, sys
+import os, sys, time
 from array import array
 from ftrain._native import fetch
 
@@ -302,6 +302,9 @@ try:
     file = os.open(sys.argv[1], os.O_RDONLY)
     fetch([(file, False)], none, none, none, array("Q", [size]) * count, none, on_idle=say_once)
 except KeyboardInterrupt:
+    until = time.monotonic() + 10  # one that has ended is listed there for a moment
+    while len(os.listdir("/proc/self/task")) != alone and time.monotonic() < until:
+        time.sleep(0.01)
     assert len(os.listdir("/proc/self/task")) == alone
     print("interrupted", flush=True)
 """

@@ -343,7 +343,7 @@ def test_write_that_never_waits_for_a_processor_takes_all_that_it_can_use(tmp_pa
 
 
 SLOW_WRITE = """
-import os, sys
+import os, sys, time
 from array import array
 from ftrain._native import Mapping, Pack, memory_file
 
@@ -364,6 +364,9 @@ def say_once():
 try:
     pack.write(target, threads=2, bytes_per_second_max=1, backend=sys.argv[3], on_idle=say_once)
 except KeyboardInterrupt:
+    until = time.monotonic() + 10  # one that has ended is listed there for a moment
+    while len(os.listdir("/proc/self/task")) != alone and time.monotonic() < until:
+        time.sleep(0.01)
     assert len(os.listdir("/proc/self/task")) == alone
     print("interrupted", flush=True)
 """
