@@ -19,7 +19,6 @@
 #include "anatomy.hpp"
 #include "bindings.hpp"
 #include "dlpack.hpp"
-#include "partner.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -28,8 +27,7 @@ namespace ftrain {
 
 namespace {
 
-constexpr std::size_t AHEAD = 16;   // tensors
-constexpr std::size_t PIECE = 256;  // tensors: some 10 µs
+constexpr std::size_t AHEAD = 16;  // tensors
 constexpr std::ptrdiff_t LINE_BYTES = 64;
 constexpr auto REST = std::chrono::microseconds(20);  // long enough for another thread to take the interpreter
 
@@ -98,16 +96,6 @@ public:
 
     bool operator==(const Look& other) const { return places_ == other.places_ && extents_ == other.extents_; }
     bool is_of(const Look& other) const { return objects_ == other.objects_; }
-
-    // Whether no tensor is there twice, so that threads may count references of different ones.
-    bool has_each_once() {
-        if (!each_once_.has_value()) {
-            std::vector<PyObject*> sorted = objects_;
-            std::sort(sorted.begin(), sorted.end());
-            each_once_ = std::adjacent_find(sorted.begin(), sorted.end()) == sorted.end();
-        }
-        return *each_once_;
-    }
 
     bool all_in_host_memory() const { return all_in_host_memory_; }
 
@@ -180,7 +168,6 @@ private:
     };
 
     std::vector<PyObject*> objects_;        // not held: only to be compared, or where dicts that were marked hold them
-    std::optional<bool> each_once_;
     std::vector<DictMark> marked_;
     nb::object marked_keys_;                // held: another list may come to its place
     std::vector<Root> roots_;               // where the anatomy is known: not held, either
@@ -300,15 +287,6 @@ nb::bytes counters(const nb::list& objects, nb::handle descriptor, const Look* b
     return bytes_of(found);
 }
 
-// The process's own, from the first time on. Ends with the process: nobody waits for it then.
-Partner& partner() {
-    static Partner* ours = nullptr;
-    if (ours == nullptr || !ours->is_here()) {
-        ours = new Partner();  // what a fork has left of the parent's stays: its thread cannot be waited for
-    }
-    return *ours;
-}
-
 // Whether the dicts, gone through in their order, have these keys and the tensors of the look.
 bool holds(const Look& before, const nb::list& dicts, const nb::list& keys) {
     std::size_t number = 0;
@@ -350,28 +328,20 @@ nb::object recall(Look& before, const nb::list& dicts, const nb::list& keys, con
     const nb::object words = nb::steal(
         nb::detail::raise_if_null(PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(count * sizeof(std::int64_t)))));
     auto* versions = reinterpret_cast<std::int64_t*>(PyBytes_AS_STRING(words.ptr()));
-    const auto recall_some = [&](std::size_t begin, std::size_t end) {
-        for (std::size_t number = begin; number < std::min(begin + AHEAD, end); ++number) {
-            before.prefetch_version(number);
+    for (std::size_t number = 0; number < count; ++number) {
+        before.prefetch_version(number + AHEAD);
+        PyObject* tensor = before.object(number);
+        if (!is_one_of(kinds, tensor)) {
+            return nb::none();
         }
-        for (std::size_t number = begin; number < end; ++number) {
-            before.prefetch_version(number + AHEAD);
-            PyObject* tensor = before.object(number);
-            if (!is_one_of(kinds, tensor)) {
-                return false;
-            }
-            versions[number] = before.version_if_same(number, tensor);
-            if (versions[number] < 0) {
-                return false;
-            }
-            Py_INCREF(tensor);
-            PyList_SET_ITEM(found.ptr(), static_cast<Py_ssize_t>(number), tensor);
+        versions[number] = before.version_if_same(number, tensor);
+        if (versions[number] < 0) {
+            return nb::none();
         }
-        return true;
-    };
-    // All of it while this thread holds the interpreter, also what the other one does: nothing else touches these objects.
-    const bool all = before.has_each_once() ? partner().share(count, PIECE, recall_some) : recall_some(0, count);
-    return all ? nb::object(nb::make_tuple(found, words)) : nb::none();
+        Py_INCREF(tensor);
+        PyList_SET_ITEM(found.ptr(), static_cast<Py_ssize_t>(number), tensor);
+    }
+    return nb::make_tuple(found, words);
 }
 
 // The versions of these tensors where they are those of the look.
@@ -413,7 +383,6 @@ void bind_look(nb::module_& m) {
         .def("addresses", [](const Look& self) { return bytes_of(self.addresses()); })
         .def("recall", &recall, "dicts"_a, "keys"_a, "kinds"_a)
         .def("versions", &versions_if_same, "tensors"_a);
-    m.def("expect_recall", [] { partner().expect(); });
     nb::class_<Anatomy>(m, "Anatomy");
     m.def("find_anatomy", &find_anatomy, "tensors"_a, "implementations"_a, "versions"_a);
     m.def("look", &look, "tensors"_a, "kinds"_a, "exchange"_a, "before"_a.none() = nb::none(), "anatomy"_a.none() = nb::none(),

@@ -153,9 +153,6 @@ class Look:
     def versions(self, tensors: list[Any]) -> bytes | None:
         """As `recall` does, of tensors that the caller holds."""
 
-def expect_recall() -> None:
-    """Wakes the thread that shares the work of a `recall`: there will be one within half a millisecond."""
-
 class Anatomy:
     """Where torch keeps what tells a tensor's memory and how often it was changed."""
 

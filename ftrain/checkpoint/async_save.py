@@ -48,9 +48,7 @@ def async_save(
     began = time.perf_counter()
     if bytes_per_second_max < 0:
         raise UsageError(f"bytes_per_second_max={bytes_per_second_max}: give a number of bytes, or 0 for no bound")
-    engine = _engine()
-    engine.jobs.expect()
-    group = peers()
+    group, engine = peers(), _engine()
     effort = engine.effort
     if bytes_per_second_max != effort.bytes_per_second_max:
         effort = dataclasses.replace(effort, bytes_per_second_max=bytes_per_second_max)

@@ -63,11 +63,6 @@ class Jobs:
     def __init__(self) -> None:
         self._known: _Known | None = None
 
-    def expect(self) -> None:
-        """A job will be asked for right away: what helps with a state of very many tensors wakes up meanwhile."""
-        if self._known is not None and self._known.has_many():
-            _native.expect_recall()
-
     def job(self, state: State) -> Job:
         """The job of saving the state as it is now. Raises `UsageError` where it cannot be saved, naming the key."""
         known = self._known
@@ -119,12 +114,9 @@ class _Known:
     late: list[bool]
     plain: dict[str, Any]
 
-    def has_many(self) -> bool:
-        return len(self.leaves.keys) >= MANY
-
     def recall(self, state: State) -> tuple[list[torch.Tensor], bytes] | None:
         """The tensors of a state of very many, and their versions, where it is the known one; None to look closer."""
-        if not self.has_many():
+        if len(self.leaves.keys) < MANY:
             return None
         if not self.leaves.names:
             return recall(self.seen, [state], self.leaves.keys) if isinstance(state, PLAIN_DICTS) else None
