@@ -8,7 +8,7 @@ and one whose ranks are all new gives up everything.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ftrain.core import messages as m
@@ -161,5 +161,9 @@ def holder_of(member: Member, copies: Mapping[int, Mapping[str, m.Kept]]) -> tup
 
 def snapshots_of(member: Member, kept: Mapping[int, m.Kept]) -> frozenset[m.Attempt]:
     """The snapshots that are there of all of the member's ranks."""
-    each = [frozenset(kept[rank].attempts) if rank in kept else frozenset[m.Attempt]() for rank in member.ranks]
-    return frozenset.intersection(*each)
+    return snapshots_of_all([kept.get(rank, m.Kept(rank)) for rank in member.ranks])
+
+
+def snapshots_of_all(kept: Sequence[m.Kept]) -> frozenset[m.Attempt]:
+    """The snapshots that are there of each of these ranks."""
+    return frozenset.intersection(*(frozenset(one.attempts) for one in kept)) if kept else frozenset()

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import msgspec
 
-from ftrain.core import local, node_attempts, node_hangs, node_lease, recovery
+from ftrain.core import keeping, local, node_attempts, node_hangs, node_lease, recovery
 from ftrain.core import messages as m
 from ftrain.core.node_state import (
     Action,
@@ -287,10 +287,14 @@ def _start(turn: Turn, start: m.Start) -> None:
 
 
 def _keeps(turn: Turn, kept: tuple[m.Kept, ...]) -> None:
-    changed = kept != turn.state.keeps
+    before = turn.state.keeps
     turn.set(keeps=kept)
-    if changed and turn.state.halting:
-        turn.changed()  # what the run goes on from is being decided
+    if turn.state.halting:
+        is_awaited = kept != before  # what the run goes on from is being decided
+    else:
+        is_awaited = not keeping.snapshots_of_all(kept) <= keeping.snapshots_of_all(before)  # the next one may be sent
+    if is_awaited:
+        turn.changed()
 
 
 def _going_on(worker: Worker, generation: int) -> Worker:

@@ -204,6 +204,22 @@ def test_keeper_says_at_once_what_it_keeps_while_what_to_go_on_from_is_decided()
     assert [type(action.message) for action in actions if isinstance(action, node.Send)] == [m.Changed]
 
 
+def test_keeper_says_at_once_that_a_snapshot_is_there_of_all_ranks() -> None:
+    state = node.State(m.Hello("a", 0, 1, "10.0.0.1", "a", 1, "run", "job", "1", 0), term=1, connected=True)
+    state, _ = node.step(state, node.Said(start(1)), 1.0, {})
+
+    def messages(*kept: m.Kept) -> list[type]:
+        nonlocal state
+        state, actions = node.step(state, node.Keeps(kept), 1.0, {})
+        return [type(action.message) for action in actions if isinstance(action, node.Send)]
+
+    assert messages(m.Kept(2, (5,), (SIX,)), m.Kept(3, (5,))) == []
+    assert messages(m.Kept(2, (5, 6), (SIX,)), m.Kept(3, (5, 6), (SIX,))) == [m.Changed]
+    assert messages(m.Kept(2, (6, 7), (SIX,)), m.Kept(3, (6, 7), (SIX,))) == []
+    assert messages(m.Kept(2, (6, 7), (SIX, NINE)), m.Kept(3, (6, 7), (SIX,))) == []
+    assert messages(m.Kept(2, (6, 7), (NINE,)), m.Kept(3, (6, 7), (NINE,))) == [m.Changed]
+
+
 def test_fetched_snapshot_is_held() -> None:
     state = node.State(m.Hello("b2", 1, 1, "10.0.0.1", "b", 1, "run", "job", "1", 0), term=1, connected=True)
     fetch = m.Fetch(m.Peer("a", "10.0.0.1", 7001), (0,))
