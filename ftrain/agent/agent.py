@@ -33,7 +33,7 @@ from ftrain.control.service import EVERYWHERE, LOOPBACK
 from ftrain.core import local, node
 from ftrain.core import messages as m
 from ftrain.core.hangs import Look
-from ftrain.core.local import Boot, Recover
+from ftrain.core.local import Boot, Fetched, Recover
 from ftrain.errors import ExitCode, FtrainError, PeerLost, Refused, Unavailable
 from ftrain.spec import JobSpec
 from ftrain.storage.base import Storage
@@ -299,37 +299,41 @@ class Agent:
             local_rank = rank - start.first_rank
             memory = self._rank_memory(local_rank, rank, start)
             self._workers[rank] = WorkerProcess.prepare(self._spec.output, start.generation, rank, local_rank, memory)
-        if start.fetch is None or await self._fetch(start, ranks):
-            await asyncio.gather(*(self._fork_one(start, self._workers[rank]) for rank in ranks))
+        workers = [self._workers[rank] for rank in ranks]
+        fetching = [self._fetch(start, workers)] if start.fetch is not None else []  # they prepare themselves meanwhile
+        await asyncio.gather(*fetching, *(self._fork_one(start, worker) for worker in workers))
 
     def _begin(self, start: m.Start) -> None:
         if self._peers is not None:
             self._peers.begin(start)
 
-    async def _fetch(self, start: m.Start, ranks: tuple[int, ...]) -> bool:
-        """Bring what the new ranks go on from to this node. Where that fails they have ended before they began."""
+    async def _fetch(self, start: m.Start, workers: list[WorkerProcess]) -> None:
+        """Bring what the new ranks go on from to this node. Where that fails it is their end."""
         assert start.line is not None
         try:
             if self._peers is None:
                 raise PeerLost("this node was started with --peer-copies off, unlike the one before it")
-            memory = {rank: self._workers[rank].memory for rank in ranks}
+            memory = {worker.rank: worker.memory for worker in workers}
             await self._peers.fetch(start, memory, lambda: self._is_wanted(start))
         except PeerLost as error:
             log.warning("peer copies: %s", error)
-            for rank in ranks:
-                self._not_forked(self._workers[rank], "ftrain.errors.PeerLost", str(error))
-            return False
+            for worker in workers:
+                worker.given_up = str(error)
+                if worker.pid:  # one that is still being forked is killed as soon as it is there
+                    self._nursery.signal(worker.pid, signal.SIGKILL)
+            return
         if start.line.attempt is not None:
             self._post(node.Fetched(start.generation, FETCHED_SLOT, start.line.attempt))
-        return True
+        for worker in workers:
+            worker.tell(Fetched())
 
     def _is_wanted(self, start: m.Start) -> bool:
         state = self._state
         return state.start is start and not (state.stopping or state.halting) and state.leave is None
 
-    def _not_forked(self, worker: WorkerProcess, kind: str, why: str) -> None:
+    def _not_forked(self, worker: WorkerProcess, why: str) -> None:
         worker.close_worker_ends()
-        report = m.ErrorReport(kind, why, "", unix_seconds=time.time())
+        report = m.ErrorReport("ftrain.NurseryDied", why, "", unix_seconds=time.time())
         self._post(node.WorkerExited(m.RankExit(worker.rank, worker.local_rank, 0, 1, error=report)))
 
     def _rank_memory(self, local_rank: int, rank: int, start: m.Start) -> RankMemory:
@@ -375,6 +379,7 @@ class Agent:
             loopback=self._spec.topology.loopback,
             line=start.line,
             slots=start.slots,
+            fetched=start.fetch is not None,
         )
         job = Job(
             program.kind,
@@ -391,7 +396,7 @@ class Agent:
         try:
             pid = await self._nursery.fork(job, worker.fds)
         except NurseryDied as error:
-            self._not_forked(worker, "ftrain.NurseryDied", str(error))
+            self._not_forked(worker, str(error))
             return
         finally:
             self._forks -= 1
@@ -403,7 +408,7 @@ class Agent:
         if not self._forks:
             self._ended_early.clear()
         now = self._state.workers.get(worker.rank)
-        if self._state.stopping or self._state.leave is not None or now is None or now.killed:
+        if self._state.stopping or self._state.leave is not None or now is None or now.killed or worker.given_up:
             self._nursery.signal(pid, signal.SIGKILL)  # the order to stop came while it was being forked
 
     def _kill(self, grace_seconds: float) -> None:

@@ -55,6 +55,7 @@ class WorkerProcess:
     error_file: Path
     pid: int = 0
     last: tuple[int, int] = (-1, 0)  # where it was when it ended
+    given_up: str = ""  # why it cannot go on: what it goes on from cannot be had
 
     @classmethod
     def prepare(cls, policy: Output, generation: int, rank: int, local_rank: int, memory: RankMemory) -> WorkerProcess:
@@ -97,6 +98,12 @@ class WorkerProcess:
             pass
         self.last = self.where()
         error = None if code == 0 and not signum else self._error_from_file()
+        if self.given_up:
+            code, signum, error = (
+                1,
+                0,
+                ErrorReport("ftrain.errors.PeerLost", self.given_up, "", unix_seconds=time.time()),
+            )
         return RankExit(
             self.rank,
             self.local_rank,
@@ -110,10 +117,11 @@ class WorkerProcess:
             kept=self.memory.box.steps(),
         )
 
-    def tell(self, message: local.Recover) -> None:
-        """Tell a halted worker where it goes on. One that is dead will be seen to be."""
-        with contextlib.suppress(ConnectionError):
-            self.channel.send(msgspec.json.encode(message))
+    def tell(self, message: local.ToWorker) -> None:
+        """Tell a worker what it waits for. One that is dead will be seen to be."""
+        if self.channel.fileno() >= 0:
+            with contextlib.suppress(ConnectionError):
+                self.channel.send(msgspec.json.encode(message))
 
     def close(self) -> None:
         if self.channel.fileno() >= 0:

@@ -2,7 +2,8 @@
 
 The agent gives a worker its `Boot` in the environment variable `FTRAIN_BOOT` (JSON). The worker sends the messages
 below to its agent over a Unix `SOCK_SEQPACKET` socket, one JSON object a packet; what it sent before it died is still
-read. The agent speaks through the control page; only a halted worker is sent a packet, `Recover`.
+read. The agent speaks through the control page; only a worker that waits for it is sent a packet, `Recover` or
+`Fetched`.
 """
 
 from __future__ import annotations
@@ -37,9 +38,10 @@ class Boot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     loopback: bool = False  # all nodes of the run are on this host: groups bind to loopback only
     line: Line | None = None  # other ranks are alive, and this is what all go on from
     slots: int = 2  # as `messages.Start` has it
+    fetched: bool = False  # what it goes on from comes from another node meanwhile: `Fetched` says that it is there
 
 
-class Recover(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Recover(msgspec.Struct, frozen=True, tag="recover", tag_field="kind", forbid_unknown_fields=True):
     """For a halted worker: the generation in which it goes on, where its peers meet, and what from."""
 
     generation: int
@@ -47,6 +49,13 @@ class Recover(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     master_port: int
     line: Line
     resume: Resume | None
+
+
+class Fetched(msgspec.Struct, frozen=True, tag="fetched", tag_field="kind", forbid_unknown_fields=True):
+    """For a worker whose `Boot` told of it: what it goes on from is in its box and its arena."""
+
+
+ToWorker = Recover | Fetched
 
 
 class WorkerJoined(msgspec.Struct, frozen=True, tag="joined", tag_field="kind", forbid_unknown_fields=True):

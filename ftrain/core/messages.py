@@ -148,7 +148,7 @@ class Peer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Fetch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What these ranks go on from is at another node, and is to be here before they are forked."""
+    """What these ranks go on from is at another node: they wait for it when they are ready to go on."""
 
     peer: Peer
     ranks: Annotated[tuple[Count, ...], msgspec.Meta(max_length=RANKS_PER_NODE_MAX)]

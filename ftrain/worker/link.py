@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import socket
 import time
@@ -17,13 +18,16 @@ from ftrain._native import ControlPage
 from ftrain.checkpoint.staging.arena import Arena
 from ftrain.checkpoint.staging.black_box import BlackBox
 from ftrain.core import local
-from ftrain.core.local import BOOT_VARIABLE, PACKET_BYTES_MAX, Boot, FromWorker, Recover, WorkerMetrics
+from ftrain.core.local import BOOT_VARIABLE, PACKET_BYTES_MAX, Boot, FromWorker, Recover, ToWorker, WorkerMetrics
 from ftrain.core.messages import Attempt
 from ftrain.core.page import NO_STEP, RECENT_NS, Collective, Field, Phase, verdict_on
 from ftrain.errors import PeerLost, Preempted, ProtocolError, Unavailable
 
 CAUSE_CHARS_MAX = 4000
 WAIT_SECONDS = 3600.0  # a wait is ended by the agent or by its death; this only bounds one sleep of it
+QUIET_SECONDS = 4.0  # of a wait for the agent, which are not taken for a hang before it is asked for more
+
+_TO_WORKER: msgspec.json.Decoder[ToWorker] = msgspec.json.Decoder(ToWorker)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,13 +153,29 @@ class Link:
     def wait_recover(self) -> Recover:
         """After `halted`: wait for the generation that this worker goes on in."""
         while True:
-            packet = self._channel.recv(PACKET_BYTES_MAX)
-            if not packet:
-                raise Unavailable("this worker's agent is gone")
-            recover = msgspec.json.decode(packet, type=Recover)
-            if recover.generation > self.generation:
-                self.generation = recover.generation
-                return recover
+            told = self._told()
+            if isinstance(told, Recover) and told.generation > self.generation:
+                self.generation = told.generation
+                return told
+
+    def wait_fetched(self) -> None:
+        """Until what this worker goes on from is in its box and arena, however long the agent takes to bring it.
+
+        Does nothing where it was there from the beginning.
+        """
+        if not self.boot.fetched:
+            return
+        allowed = self.page.load(Field.QUIET_UNTIL_NS)
+        while not select.select([self._channel], [], [], QUIET_SECONDS / 2)[0]:
+            self.allow(time.monotonic_ns() + int(QUIET_SECONDS * 1e9))  # one that is stopped here does not get so far
+        self._told()
+        self.allow(allowed)
+
+    def _told(self) -> ToWorker:
+        packet = self._channel.recv(PACKET_BYTES_MAX)
+        if not packet:
+            raise Unavailable("this worker's agent is gone")
+        return _TO_WORKER.decode(packet)
 
     def hold(self, attempt: Attempt) -> None:
         """Wait for the agent's verdict, or for the end of the generation. Raises `Preempted` when it is to leave."""

@@ -122,6 +122,7 @@ class Recovery:
         wait_for(store, [LAYOUTS], self._link.check, self._link.boot.world_size)
         layouts = msgspec.json.decode(store.get(LAYOUTS), type=list[list[list[int]] | None])
         after_failure.lay_out_buckets(self._tracked.modules, layouts)
+        self._link.wait_fetched()
         return self._coming(line, store)
 
     def prepare_replay(self, coming: Coming) -> None:

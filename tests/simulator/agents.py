@@ -187,30 +187,29 @@ class Agent:
             in_use = start.line is None and any(writer == rank for _, writer in self.state.writing)
             if local_rank not in self.memory or in_use or gets_snapshot:
                 self.memory[local_rank] = Memory()
-        if start.fetch is None:
-            self._make(start, ranks)
-        else:
-            self.world.after(self.world.random(), self._fetch, start, ranks)
+        made = [self._make(start, rank) for rank in ranks]
+        if start.fetch is not None:
+            self.world.after(self.world.random(), self._fetch, start, made)
 
-    def _fetch(self, start: m.Start, ranks: tuple[int, ...]) -> None:
+    def _fetch(self, start: m.Start, made: list[Worker]) -> None:
         if not self.alive:
             return
         state = self.state
         wanted = state.start is start and not (state.stopping or state.halting) and state.leave is None
-        if wanted and self.peers.fetch(start):
-            self._make(start, ranks)
-            return
-        for rank in ranks:
-            error = m.ErrorReport("ftrain.errors.PeerLost", "it cannot be had", "", unix_seconds=self.world.now)
-            self.feed(node.WorkerExited(m.RankExit(rank, rank - start.first_rank, 0, 1, error=error)))
+        is_there = wanted and self.peers.fetch(start)
+        for worker in made:
+            if is_there:
+                worker.fetched()
+            else:
+                worker.raises("ftrain.errors.PeerLost", "it cannot be had")
 
-    def _make(self, start: m.Start, ranks: tuple[int, ...]) -> None:
-        for rank in ranks:
-            local_rank = rank - start.first_rank
-            worker = Worker(self.world, self, start, rank, local_rank, self.memory[local_rank])
-            self.workers[rank] = worker
-            self.forking[worker.pid] = worker
-            self.world.after(0.03 * self.world.random(), self._forked, worker)
+    def _make(self, start: m.Start, rank: int) -> Worker:
+        local_rank = rank - start.first_rank
+        worker = Worker(self.world, self, start, rank, local_rank, self.memory[local_rank])
+        self.workers[rank] = worker
+        self.forking[worker.pid] = worker
+        self.world.after(0.03 * self.world.random(), self._forked, worker)
+        return worker
 
     def _forked(self, worker: Worker) -> None:
         if not self.alive:

@@ -79,6 +79,7 @@ class Worker:
     __slots__ = (
         "agent",
         "alive",
+        "fetches",
         "generation",
         "group",
         "halted",
@@ -109,6 +110,7 @@ class Worker:
         self.pid = world.next_pid()
         self.page = Page()
         self.alive = True
+        self.fetches = start.fetch is not None  # what it goes on from is on its way
         self.waiting = False  # for a peer, in a collective
         self.said_at = 0.0
         self.last_number = 0  # the attempt that the last snapshot was for
@@ -145,8 +147,16 @@ class Worker:
             return
         self._meet()
 
+    def fetched(self) -> None:
+        """What it goes on from is in its memory."""
+        self.fetches = False
+        if self.alive and self.page.phase == Phase.JOINED:
+            self._meet()
+
     def _meet(self) -> None:
         """Wait for all ranks of the generation, then get the state to go on from."""
+        if self.fetches:
+            return
         self.group.joined.add(self.rank)
         self.waiting = True
         if len(self.group.joined) == self.group.size:
