@@ -17,6 +17,7 @@ from ftrain.control.client import fetch_status
 from ftrain.control.secret import Secret
 from ftrain.errors import Unavailable
 from tests.launching.harness import FTRAIN, Cluster, Launcher, free_port, wait_for
+from tests.recovery.account import committed
 
 STEPS, HELD_STEP = 20, 14
 LOOPBACK = "0100007F"  # as the kernel writes it
@@ -138,6 +139,17 @@ def kill_tree(launcher: Launcher) -> None:
     launcher.process.wait()
 
 
+def flip_a_byte(pid: int, name: str) -> int:
+    """In the middle of each of the process's memory files of that name. Returns how many there are."""
+    links = [path for path in Path(f"/proc/{pid}/fd").iterdir() if name in str(path.readlink())]
+    for link in links:
+        fd = os.open(link, os.O_RDWR)
+        at = os.fstat(fd).st_size // 2
+        os.pwrite(fd, bytes([os.pread(fd, 1, at)[0] ^ 1]), at)
+        os.close(fd)
+    return len(links)
+
+
 def listens_at(launcher: Launcher) -> list[str]:
     """The addresses at which the agent itself, none of its children, accepts IPv4 or IPv6 connections."""
     links = [str(path.readlink()) for path in Path(f"/proc/{launcher.process.pid}/fd").iterdir()]
@@ -200,6 +212,26 @@ def test_lost_node_and_lost_rank_go_on_from_the_newest_snapshot_that_there_is(cl
     rank, node = run.recoveries()
     assert (rank["tier"], node["tier"]) == ("arena", "arena")
     assert all(0 < one["resumes_at"] <= HELD_STEP for one in (rank, node))
+    assert len(run.pids(0)) == 1
+    assert run.end() == run.reference()
+
+
+def test_copy_that_was_damaged_ends_the_rank_that_waits_for_it_and_storage_serves(cluster: Cluster) -> None:
+    run = Run(cluster, "fsdp", held_rank=1, flags=("--checkpoint-every", 5))
+    nodes = [run.start(0), run.start(1)]
+    wait_for(lambda: (run.out / "r1.jsonl").exists(), "steps")
+    nodes.append(run.start())
+    wait_for(lambda: HELD_STEP in run.kept(1).get("boundaries", ()), "copies of all that the node has")
+    committed(nodes[0], 5)
+    assert flip_a_byte(nodes[0].process.pid, "ftrain-peer-1")
+    kill_tree(nodes[1])
+    (run.out / "went on").touch()
+    assert [nodes[0].wait(), nodes[2].wait()] == [0, 0], nodes[0].text + nodes[2].text
+    *memory, storage = [one["tier"] for one in run.recoveries()]
+    assert set(memory) == {"arena"}  # one for each copy that there was
+    assert storage == "storage"
+    assert "damaged" in nodes[0].text
+    assert "damaged" in nodes[2].text
     assert len(run.pids(0)) == 1
     assert run.end() == run.reference()
 
