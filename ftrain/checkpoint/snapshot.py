@@ -143,6 +143,11 @@ class Snapshotter:
         """How many snapshots the arena has memory for."""
         return self._arena.slots
 
+    @property
+    def has_slots(self) -> bool:
+        """Whether the arena has as many as `reserve` wants: nearly always large enough, too."""
+        return self._arena.slots >= (self._slots_wanted if self._has_own else SLOTS_MIN)
+
     def _reserve_more(self) -> None:
         try:
             for slots in range(SLOTS_MIN + 1, self._slots_wanted + 1):

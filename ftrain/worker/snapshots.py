@@ -69,7 +69,8 @@ class Snapshots:
             executor = ThreadPoolExecutor(1, "ftrain-reserve")
             self._reserving = executor.submit(self._snapshotter.reserve)
             executor.shutdown(wait=False)
-            futures.wait([self._reserving], AT_ONCE_SECONDS)
+            if self._snapshotter.has_slots:
+                futures.wait([self._reserving], AT_ONCE_SECONDS)
         if self._reserving is not None and self._reserving.done():
             self._have_memory()
 
