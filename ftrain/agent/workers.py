@@ -99,11 +99,8 @@ class WorkerProcess:
         self.last = self.where()
         error = None if code == 0 and not signum else self._error_from_file()
         if self.given_up:
-            code, signum, error = (
-                1,
-                0,
-                ErrorReport("ftrain.errors.PeerLost", self.given_up, "", unix_seconds=time.time()),
-            )
+            code, signum = 1, 0
+            error = ErrorReport("ftrain.errors.PeerLost", self.given_up, "", unix_seconds=time.time())
         return RankExit(
             self.rank,
             self.local_rank,

@@ -145,7 +145,7 @@ class Snapshotter:
 
     @property
     def has_slots(self) -> bool:
-        """Whether the arena has as many as `reserve` wants: nearly always large enough, too."""
+        """Whether the arena has as many as `reserve` wants, from this process or the one before it."""
         return self._arena.slots >= (self._slots_wanted if self._has_own else SLOTS_MIN)
 
     def _reserve_more(self) -> None:

@@ -166,7 +166,9 @@ class Link:
         if not self.boot.fetched:
             return
         allowed = self.page.load(Field.QUIET_UNTIL_NS)
-        while not select.select([self._channel], [], [], QUIET_SECONDS / 2)[0]:
+        poll = select.poll()
+        poll.register(self._channel, select.POLLIN)
+        while not poll.poll(1000 * QUIET_SECONDS / 2):
             self.allow(time.monotonic_ns() + int(QUIET_SECONDS * 1e9))  # one that is stopped here does not get so far
         self._told()
         self.allow(allowed)
