@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -141,13 +142,16 @@ def kill_tree(launcher: Launcher) -> None:
 
 def flip_a_byte(pid: int, name: str) -> int:
     """In the middle of each of the process's memory files of that name. Returns how many there are."""
-    links = [path for path in Path(f"/proc/{pid}/fd").iterdir() if name in str(path.readlink())]
-    for link in links:
-        fd = os.open(link, os.O_RDWR)
-        at = os.fstat(fd).st_size // 2
-        os.pwrite(fd, bytes([os.pread(fd, 1, at)[0] ^ 1]), at)
-        os.close(fd)
-    return len(links)
+    found = 0
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            if name in str(link.readlink()):
+                fd = os.open(link, os.O_RDWR)
+                at = os.fstat(fd).st_size // 2
+                os.pwrite(fd, bytes([os.pread(fd, 1, at)[0] ^ 1]), at)
+                os.close(fd)
+                found += 1
+    return found
 
 
 def listens_at(launcher: Launcher) -> list[str]:
@@ -221,8 +225,15 @@ def test_copy_that_was_damaged_ends_the_rank_that_waits_for_it_and_storage_serve
     nodes = [run.start(0), run.start(1)]
     wait_for(lambda: (run.out / "r1.jsonl").exists(), "steps")
     nodes.append(run.start())
-    wait_for(lambda: HELD_STEP in run.kept(1).get("boundaries", ()), "copies of all that the node has")
     committed(nodes[0], 5)
+    looks: list[dict[str, Any]] = []
+
+    def nothing_comes() -> bool:
+        looks.append(run.kept(1))
+        there = HELD_STEP in looks[-1].get("boundaries", ()) and looks[-1]["snapshots"]
+        return bool(there) and looks[-20:] == looks[-1:] * 20
+
+    wait_for(nothing_comes, "copies of all that the node has")
     assert flip_a_byte(nodes[0].process.pid, "ftrain-peer-1")
     kill_tree(nodes[1])
     (run.out / "went on").touch()
