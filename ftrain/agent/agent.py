@@ -409,7 +409,7 @@ class Agent:
             self._ended_early.clear()
         now = self._state.workers.get(worker.rank)
         if self._state.stopping or self._state.leave is not None or now is None or now.killed or worker.given_up:
-            self._nursery.signal(pid, signal.SIGKILL)  # the order to stop came while it was being forked
+            self._nursery.signal(pid, signal.SIGKILL)  # that came while it was being forked
 
     def _kill(self, grace_seconds: float) -> None:
         for worker in self._state.alive:

@@ -102,8 +102,7 @@ class Snapshotter:
         It takes as long as the host needs to give that much memory, which is seconds where there is much of it.
         """
         self._arena.reserve(SLOTS_MIN, *self._room, self._bytes_max)
-        if self._slots_wanted > SLOTS_MIN and self._has_own:
-            self._reserve_more()
+        self._reserve_more()
 
     def pin(self) -> None:
         """Let devices copy to what was reserved."""
@@ -146,11 +145,15 @@ class Snapshotter:
     @property
     def has_slots(self) -> bool:
         """Whether the arena has as many as `reserve` wants, from this process or the one before it."""
-        return self._arena.slots >= (self._slots_wanted if self._has_own else SLOTS_MIN)
+        return self._arena.slots >= self._slots_due
+
+    @property
+    def _slots_due(self) -> int:
+        return self._slots_wanted if self._has_own else SLOTS_MIN
 
     def _reserve_more(self) -> None:
         try:
-            for slots in range(SLOTS_MIN + 1, self._slots_wanted + 1):
+            for slots in range(SLOTS_MIN + 1, self._slots_due + 1):
                 self._arena.reserve(slots, *self._room, self._bytes_max)
         except OutOfMemory as error:
             log.warning("snapshots in memory are less frequent than they could be: no slot more, %s", error)
