@@ -151,7 +151,7 @@ class CoordinatorHost:
     def _close_strays(self) -> None:
         """A node that was declined or lost must not stay connected unheard: an agent that lives comes back anew."""
         assert self._state is not None
-        for node in self._heard - set(self._state.nodes):
+        for node in self._heard.difference(self._state.nodes):
             self._heard.discard(node)
             if node in self._peers:
                 self._peers[node].close("it is not part of the run any more")

@@ -26,6 +26,13 @@ def interface_of(address: str) -> str:
     return ""
 
 
+def link_bytes_per_second(interface: str) -> int:
+    """How much the interface can send, as its driver says; 0 where it does not, as on most virtual machines."""
+    with contextlib.suppress(ValueError, OSError):
+        return max(0, int((Path("/sys/class/net") / interface / "speed").read_text())) * 125_000
+    return 0
+
+
 def outward_address() -> str:
     """An address of this host that others may know it by: that of its default route, or of any interface; "" if none.
 

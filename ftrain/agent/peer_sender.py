@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from ftrain import _native
 from ftrain.agent import peer_wire as wire
+from ftrain.agent.interface import interface_of, is_loopback, link_bytes_per_second
 from ftrain.agent.peer_wire import Wire
 from ftrain.agent.workers import RankMemory
 from ftrain.control.client import endpoint_text
@@ -20,9 +21,18 @@ from ftrain.errors import FtrainError
 
 log = logging.getLogger("ftrain.peers")
 LOOK_SECONDS = 0.025
-BYTES_PER_SECOND_MAX = 256 << 20
+LINK_SHARE = 4  # one part in so many of the link is for copies, the rest for what ranks send each other
+BYTES_PER_SECOND_MIN = 256 << 20  # of the slowest link, and of one whose speed is not known
+BYTES_PER_SECOND_HERE = 1 << 30  # to a keeper on the same host: no link is shared
 BACKOFF_SECONDS = (0.1, 2.0)
 PATIENCE_SECONDS = 15.0  # with a keeper that cannot be reached
+
+
+def rate(own_address: str) -> int:
+    """Bytes a second that may go out from this address of ours."""
+    if is_loopback(own_address):
+        return BYTES_PER_SECOND_HERE
+    return max(BYTES_PER_SECOND_MIN, link_bytes_per_second(interface_of(own_address)) // LINK_SHARE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +76,7 @@ class Sender:
         self._no_room = False  # the keeper has none for snapshots
         self._warned: set[str] = set()
         self._free_at = 0.0  # when the next bytes may go
+        self._bytes_per_second = BYTES_PER_SECOND_MIN
 
     def begin(self, generation: int, keeper: m.Peer | None) -> None:
         """From now on this is who keeps our copies: it is sent all there is anew."""
@@ -91,6 +102,7 @@ class Sender:
             try:
                 async with wire.connect(self._context, keeper, self._greeting) as peer:
                     pause = BACKOFF_SECONDS[0]
+                    self._bytes_per_second = rate(peer.own_address)
                     try:
                         await self._converse(peer)
                     finally:
@@ -177,7 +189,7 @@ class Sender:
     async def _paced(self, peer: Wire, message: wire.Message, data: wire.Data) -> None:
         now = asyncio.get_running_loop().time()
         await peer.send(message, data)
-        self._free_at = max(self._free_at, now) + len(data) / BYTES_PER_SECOND_MAX
+        self._free_at = max(self._free_at, now) + len(data) / self._bytes_per_second
         if self._free_at - now > 0.001:  # what a loop can sleep
             await asyncio.sleep(self._free_at - now)
 

@@ -202,6 +202,11 @@ class Wire(asyncio.BufferedProtocol):
         self._writable = asyncio.Event()
         self._writable.set()
 
+    @property
+    def own_address(self) -> str:
+        """This side's, as the other one sees it."""
+        return str(self._transport.get_extra_info("sockname")[0])
+
     async def send(self, message: Message, data: Data = b"") -> None:
         """Send one frame, and wait while the other side is behind. Raises `OSError`.
 

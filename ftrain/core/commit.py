@@ -40,23 +40,18 @@ class Barrier:
     ranks: frozenset[int]
     hold: bool = False  # workers wait at the boundary for a verdict
     persist: bool = True  # False: it is over once it is sealed
-    copied: bool = True  # to other nodes
-    sends: Attempt | None = None  # to other nodes, too, of what was taken before
     stays: tuple[Attempt, ...] = ()  # snapshots whose slots are not to be taken for it
     metrics: Mapping[str, Logged] = field(default_factory=dict)  # each one's newest value at the step, once sealed
     stage: Stage = Stage.PROPOSED
     accepted: frozenset[str] = frozenset()
     sealed: frozenset[int] = frozenset()
-    packs: tuple[PackRecord, ...] = ()
+    prepared: frozenset[int] = frozenset()
+    packs: tuple[PackRecord, ...] = ()  # of those that prepared
     manifest_sha256: str = ""
     cause: str = ""
     refused: bool = False  # by a node: it was aborted before it began
     refused_step: int = -1  # the furthest step that the refusing node had finished, where that is why
     deadline: float = float("inf")
-
-    @property
-    def prepared(self) -> frozenset[int]:
-        return frozenset(pack.rank for pack in self.packs)
 
     @property
     def is_over(self) -> bool:
@@ -89,8 +84,8 @@ class Refused:
 
 
 @dataclass(frozen=True, slots=True)
-class RankSealed:
-    rank: int
+class RanksSealed:
+    ranks: frozenset[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +138,7 @@ class Expired:
 Event = (
     Accepted
     | Refused
-    | RankSealed
+    | RanksSealed
     | RankPrepared
     | RankFailed
     | WorkersLost
@@ -218,10 +213,8 @@ def _refuse(state: Barrier, event: Refused) -> Result:
     return _abort(replace(state, refused=True, refused_step=event.step), f"node {event.node} refused: {event.reason}")
 
 
-def _seal(state: Barrier, event: RankSealed) -> Result:
-    if event.rank not in state.ranks:
-        return state, ()
-    return _seal_if_complete(replace(state, sealed=state.sealed | {event.rank}))
+def _seal(state: Barrier, event: RanksSealed) -> Result:
+    return _seal_if_complete(replace(state, sealed=state.sealed | (event.ranks & state.ranks)))
 
 
 def _seal_if_complete(state: Barrier) -> Result:
@@ -238,7 +231,8 @@ def _prepare(state: Barrier, event: RankPrepared) -> Result:
     if rank not in state.ranks or rank in state.prepared:
         return state, ()
     # A durable pack implies a sealed snapshot, even if the message that said so was lost.
-    state = replace(state, packs=(*state.packs, event.pack), sealed=state.sealed | {rank})
+    sealed = state.sealed if rank in state.sealed else state.sealed | {rank}
+    state = replace(state, packs=(*state.packs, event.pack), prepared=state.prepared | {rank}, sealed=sealed)
     if state.stage is Stage.ARMED:
         return _seal_if_complete(state)
     return _prepare_if_complete(state)
@@ -289,7 +283,7 @@ _Handler = Callable[[Barrier, Any], Result]
 TABLE: dict[tuple[Stage, type[Event]], _Handler] = {
     (Stage.PROPOSED, Accepted): _accept,
     (Stage.PROPOSED, Refused): _refuse,
-    (Stage.PROPOSED, RankSealed): _seal,
+    (Stage.PROPOSED, RanksSealed): _seal,
     (Stage.PROPOSED, RankPrepared): _prepare,
     (Stage.PROPOSED, RankFailed): _rank_failed,
     (Stage.PROPOSED, WorkersLost): _workers_lost,
@@ -297,7 +291,7 @@ TABLE: dict[tuple[Stage, type[Event]], _Handler] = {
     (Stage.PROPOSED, Expired): _cause,
     (Stage.ARMED, Accepted): _ignore,
     (Stage.ARMED, Refused): _refuse,
-    (Stage.ARMED, RankSealed): _seal,
+    (Stage.ARMED, RanksSealed): _seal,
     (Stage.ARMED, RankPrepared): _prepare,
     (Stage.ARMED, RankFailed): _rank_failed,
     (Stage.ARMED, WorkersLost): _workers_lost,
@@ -305,7 +299,7 @@ TABLE: dict[tuple[Stage, type[Event]], _Handler] = {
     (Stage.ARMED, Expired): _cause,
     (Stage.SEALED, Accepted): _ignore,
     (Stage.SEALED, Refused): _ignore,
-    (Stage.SEALED, RankSealed): _ignore,
+    (Stage.SEALED, RanksSealed): _ignore,
     (Stage.SEALED, RankPrepared): _prepare,
     (Stage.SEALED, RankFailed): _rank_failed,
     (Stage.SEALED, WorkersLost): _ignore,
@@ -313,7 +307,7 @@ TABLE: dict[tuple[Stage, type[Event]], _Handler] = {
     (Stage.SEALED, Expired): _cause,
     (Stage.PREPARED, Accepted): _ignore,
     (Stage.PREPARED, Refused): _ignore,
-    (Stage.PREPARED, RankSealed): _ignore,
+    (Stage.PREPARED, RanksSealed): _ignore,
     (Stage.PREPARED, RankPrepared): _ignore,
     (Stage.PREPARED, RankFailed): _ignore,
     (Stage.PREPARED, WorkersLost): _ignore,
@@ -323,7 +317,7 @@ TABLE: dict[tuple[Stage, type[Event]], _Handler] = {
     (Stage.PREPARED, Expired): _ignore,
     (Stage.RECORDING, Accepted): _ignore,
     (Stage.RECORDING, Refused): _ignore,
-    (Stage.RECORDING, RankSealed): _ignore,
+    (Stage.RECORDING, RanksSealed): _ignore,
     (Stage.RECORDING, RankPrepared): _ignore,
     (Stage.RECORDING, RankFailed): _ignore,
     (Stage.RECORDING, WorkersLost): _ignore,

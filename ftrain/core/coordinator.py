@@ -54,6 +54,7 @@ from ftrain.core.schedule import Cadence
 from ftrain.core.supervision import Failure, FailureClass
 from ftrain.errors import ExitCode
 
+LOOK_SECONDS = 0.0001  # for each node, from one look to the next that can wait: a thousand take 10 ms to look at
 ATTEMPTS_PER_TERM = 1_000_000  # an adopted generation's attempts are numbered from its coordinator's term times this
 
 
@@ -83,14 +84,43 @@ def step(state: State, event: Event, now: float, wall: float = 0.0) -> tuple[Sta
             _published(turn, attempt, manifest_sha256, cause)
         case Tick():
             pass
-    _expire(turn)
-    _doubt(turn)
-    _advance(turn)
+    looks_at = state.looked_at + LOOK_SECONDS * len(state.nodes)
+    if now < looks_at and _can_wait(state, event, turn.state):
+        turn.set(looks_at=looks_at)
+    else:
+        turn.set(looked_at=now, looks_at=float("inf"))
+        _expire(turn)
+        _doubt(turn)
+        _advance(turn)
     return turn.state, tuple(turn.actions)
+
+
+def _can_wait(before: State, event: Event, after: State) -> bool:
+    """Of most of what nodes say nothing follows by itself: one look then serves for all that they say meanwhile."""
+    if not isinstance(event, Received):
+        return False
+    match event.message:
+        case m.Heartbeat() | m.Metrics():
+            return True
+        case m.Changed(report):
+            known = before.reports.get(event.node)
+            return known is not None and _is_at(known) == _is_at(report)  # what it holds or keeps is something else
+        case m.ArmReply() | m.Sealed() | m.Prepared():
+            stages = [[barrier.stage for barrier in state.attempts_under_way] for state in (before, after)]
+            return stages[0] == stages[1]
+    return False
+
+
+def _is_at(report: m.Report) -> tuple[object, ...]:
+    """Where a node's part of the generation has come to."""
+    halted = [rank.rank for rank in report.ranks if rank.halted]
+    return report.generation, report.stopped, report.exits, report.looping, report.at_end, report.halted, halted
 
 
 def wake_at(state: State, now: float) -> float:
     """When a `Tick` is due next. What was due by `now` has been done by the step that ended then."""
+    if state.looks_at < float("inf"):
+        return state.looks_at  # so soon that all else has time until then
     times = [state.until, state.appender.retry_at if state.appender.stage is journal.Stage.WAITING else float("inf")]
     times += [node.lease_until for node in state.nodes.values()]
     times += ending.looks_again_at(state)
@@ -329,6 +359,7 @@ def _running(turn: Turn) -> None:
             rounds.retire(turn)  # not before: what it goes on from has been read, and was not found damaged
         if newcomer := forming.can_grow(turn):
             leaving.regroup(turn, f"a node on {newcomer.hello.host} joined")
+        rounds.copy(turn)
         rounds.propose(turn)
         in_place = turn.state.looping_since or turn.state.line is not None
         if in_place and turn.state.drain is None and turn.now >= turn.state.hangs_due:
@@ -342,6 +373,12 @@ def _look_for_hangs(turn: Turn) -> None:
     nodes = {rank.rank: node for node in state.members for rank in state.report(node).ranks}
     ranks = [rank for node in state.members for rank in state.report(node).ranks]
     if state.generation is None or len(ranks) < state.generation.world_size:
+        return
+    absent = ending.unreached(state, turn.now)
+    if absent and hangs.are_deserted([rank for rank in ranks if nodes[rank.rank] not in absent]):
+        failure = ending.channel_closed(state, absent)
+        turn.set(failure=failure, failed_at=turn.now)
+        ending.end(turn, failure.summary)
         return
     factor = hangs.leniency(state.hangs) if state.furthest <= state.hung_step else 1.0
     match hangs.judge(ranks, factor) if state.looping_since else hangs.judge_arrival(ranks, factor):

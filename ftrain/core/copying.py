@@ -47,34 +47,34 @@ def is_sent(state: State) -> bool:
     """Snapshots go to other nodes: of some of the state there is nothing but that on more nodes than one."""
     if not _has_keepers(state):
         return False
-    nodes: dict[str, set[str]] = {}
+    first: dict[str, str] = {}  # shard -> a node that has it
+    elsewhere: set[str] = set()  # shards that another has, too
     for name in state.members:
         for rank in state.report(name).ranks:
-            nodes.setdefault(rank.shard, set()).add(name)
-    return "" in nodes or any(len(names) < 2 for names in nodes.values())
+            if first.setdefault(rank.shard, name) != name:
+                elsewhere.add(rank.shard)
+    return "" in first or len(elsewhere) < len(first)
 
 
-def next_sent(state: State, persist: bool, now: float) -> tuple[m.Attempt | None, bool]:
-    """What goes to other nodes next: a snapshot that is held, and whether the attempt that is proposed does.
+def next_sent(state: State, now: float) -> m.Attempt | None:
+    """The snapshot that is to go to other nodes now, if one is: the newest, when it is sealed or the last one is there.
 
-    One at a time, where there is memory for that. A commit's does as soon as the last one is there, and where it could
-    not, the next one after it: what is lost with a node is older in memory than in storage otherwise, and would have
-    to be read from storage.
+    One at a time, where there is memory for that. A commit's is always due, and where it could not be sent at once,
+    the next one that can: what is lost with a node is older in memory than in storage otherwise, and would have to be
+    read from storage.
     """
-    if not is_sent(state):
-        return None, False
-    copying, newest = state.copying, state.held
-    if _slots(state) < SLOTS:
-        return None, True
-    # Whoever says how often there is a snapshot means that it outlives its node.
-    is_due = not state.policy.checkpoint.snapshot_auto or now >= state.copied_at + COPY_SECONDS
-    if copying is None or not _is_of_use(state, copying):
-        is_due = True
-    elif copying != _safe(state) and _is_held(state, copying):
-        return None, False  # it is on its way
-    if is_due and newest is not None and newest != copying and _is_of_use(state, newest):
-        return newest, False
-    return None, is_due or persist
+    newest, copying = state.held, state.copying
+    if newest is None or newest == copying or not _is_of_use(state, newest):
+        return None
+    if copying is not None and _is_of_use(state, copying) and _slots(state) >= SLOTS:
+        writing = state.writing
+        # Whoever says how often there is a snapshot means that it outlives its node.
+        is_due = not state.policy.checkpoint.snapshot_auto or now >= state.copied_at + COPY_SECONDS
+        if not is_due and (writing is None or copying.step >= writing.attempt.step):
+            return None
+        if copying != _safe(state) and _is_held(state, copying):
+            return None  # it is on its way
+    return newest if is_sent(state) else None
 
 
 def stays(state: State, persist: bool, now: float) -> tuple[m.Attempt, ...]:

@@ -9,7 +9,7 @@ where standing still does not come to an end.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from ftrain.core import commit, leaving, reception, remains, rounds, supervision
@@ -104,7 +104,7 @@ def _missing(turn: Turn, is_done: Callable[[m.Report], bool]) -> list[Node]:
             continue
         if _never_started(state, name):
             continue
-        if not node.connected and turn.now >= _back_by(state, node):
+        if name in unreached(state, turn.now):
             continue  # its workers may live on, but they are fenced: nothing of theirs can be committed
         missing.append(node)
     return missing
@@ -116,6 +116,12 @@ def looks_again_at(state: State) -> list[float]:
         return []
     members = (state.nodes.get(name) for name in state.members)
     return [_back_by(state, node) for node in members if node is not None and not node.connected]
+
+
+def unreached(state: State, now: float) -> tuple[str, ...]:
+    """The members whose channel broke, and who did not come back in time."""
+    nodes = [(name, state.nodes.get(name)) for name in state.members]
+    return tuple(name for name, node in nodes if node and not node.connected and now >= _back_by(state, node))
 
 
 def _back_by(state: State, node: Node) -> float:
@@ -152,7 +158,7 @@ def _can_end(turn: Turn, barrier: Barrier) -> bool:
         if barrier.missing.isdisjoint(member.ranks):
             continue
         node = state.nodes.get(member.node)
-        if node is None or (not node.connected and turn.now >= _back_by(state, node)):
+        if node is None or member.node in unreached(state, turn.now):
             return False
     return True
 
@@ -215,7 +221,12 @@ def _explain(state: State) -> Failure | None:
     if unreachable and is_echo:
         if state.failure is not None and state.failure.kind is FailureClass.NODE:
             return state.failure
-        members = state.generation.members if state.generation else ()
-        lost = ", ".join(str(member.group_rank) for member in members if member.node in unreachable)
-        return Failure(FailureClass.NODE, unreachable[0], f"node {lost} was lost: its agent's channel closed")
+        return channel_closed(state, unreachable)
     return first
+
+
+def channel_closed(state: State, names: Sequence[str]) -> Failure:
+    """These members of the generation are gone, as far as anybody knows."""
+    members = state.generation.members if state.generation else ()
+    lost = ", ".join(str(member.group_rank) for member in members if member.node in names)
+    return Failure(FailureClass.NODE, names[0], f"node {lost} was lost: its agent's channel closed")

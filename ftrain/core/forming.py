@@ -95,13 +95,16 @@ def _begin(turn: Turn, generation: Generation, line: m.Line | None, survivors: f
         scrapped=False,
         afresh=False,
         looping_since=0.0,
+        copying=None,  # other keepers may have to have it, from other nodes
     )
     metrics.go_back(turn, line.step if line is not None else resume.attempt.step if resume is not None else 0, resume)
     if line is None:
         due, snapshot_due = turn.now + policy.every_seconds, turn.now + policy.snapshot_seconds
-        turn.set(attempts=0, cadence=schedule.Cadence(due, snapshot_due), held=None, copying=None)
+        turn.set(attempts=0, cadence=schedule.Cadence(due, snapshot_due), held=None)
     else:
-        turn.set(cadence=schedule.after_return(state.cadence, line.step))
+        # What a lost node had sealed is gone, but for what the run goes on from.
+        held = line.attempt if line.tier is m.Tier.ARENA else None if state.gone else state.held
+        turn.set(cadence=schedule.after_return(state.cadence, line.step), held=held)
     turn.enter(Phase.STARTING)
     members = tuple(
         journal.MemberRecord(

@@ -39,6 +39,8 @@ BUSY_SECONDS_FIRST = 3600.0
 BUSY_TOGETHER = 3.0  # times that, where nobody is behind: all may do something long, each by itself
 LENIENCY, LENIENT_HANGS_MAX = 4.0, 3  # times so much for each hang in a row without a new step: maybe it was none
 
+DESERTED_SECONDS, DESERTED_STEPS = 1.0, 2.0  # steps of the slowest recent one
+
 # What counts as no use of the processor and no I/O: a watchdog's or a monitor's share.
 IDLE_CPU, IDLE_CPU_SECONDS = 0.01, 0.02
 IDLE_IO_BYTES_PER_SECOND, IDLE_IO_BYTES = 4 << 10, 64 << 10
@@ -217,7 +219,8 @@ def judge(ranks: Sequence[RunningRank], factor: float = 1.0) -> Kill | Cut | Non
     if _in_lockstep([known[rank.rank] for rank in last]):
         fewest = min(known[rank.rank].collective for rank in last)
         last = [rank for rank in last if known[rank.rank].collective == fewest]
-    ahead = [rank for rank in ranks if rank not in last]
+    behind = {rank.rank for rank in last}
+    ahead = [rank for rank in ranks if rank.rank not in behind]
     if not ahead:
         return _together(last, slowest, factor)
     waited = max((known[rank.rank].still_seconds for rank in ahead if rank.phase in WAITERS), default=0.0)
@@ -236,6 +239,18 @@ def judge(ranks: Sequence[RunningRank], factor: float = 1.0) -> Kill | Cut | Non
     text = f"it stood still for {progress.still_seconds:.0f} s {place}, its process {did}"
     hang = Hang(text, progress.still_seconds, tuple(waiting[:NAMED_MAX]))
     return Kill(hung.rank, hung.step, progress.collective, hang)
+
+
+def are_deserted(ranks: Sequence[RunningRank]) -> bool:
+    """Whether these, all but those of nodes that cannot be reached, wait for something, and so for them.
+
+    A rank whose peer dies in the middle of a message is not always told by its connection.
+    """
+    progress = [rank.progress for rank in ranks if rank.progress is not None and rank.phase in WAITERS]
+    if len(progress) < len(ranks) or not any(one.collective > one.mark for one in progress):
+        return False
+    bound = max(DESERTED_SECONDS, DESERTED_STEPS * max(one.slowest_seconds for one in progress))
+    return all(one.still_seconds >= bound and not one.stopped for one in progress)
 
 
 def judge_arrival(ranks: Sequence[RunningRank], factor: float = 1.0) -> Cut | None:

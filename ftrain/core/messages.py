@@ -220,10 +220,12 @@ class ArmReply(msgspec.Struct, frozen=True, tag="arm_reply", tag_field="kind", f
 
 
 class Sealed(msgspec.Struct, frozen=True, tag="sealed", tag_field="kind", forbid_unknown_fields=True):
+    """The attempt's snapshot of all of the node's ranks, these, is in its memory."""
+
     attempt: Attempt
-    rank: Count
-    stall_seconds: float = 0.0  # what it held the training thread for
-    staging_seconds: float = 0.0  # from its boundary until it was sealed
+    ranks: Annotated[tuple[Count, ...], msgspec.Meta(max_length=RANKS_PER_NODE_MAX)]
+    stall_seconds: float = 0.0  # what it held the training thread of a rank for, at most
+    staging_seconds: float = 0.0  # from a rank's boundary until it was sealed, at most
 
 
 class Prepared(msgspec.Struct, frozen=True, tag="prepared", tag_field="kind", forbid_unknown_fields=True):
@@ -389,9 +391,14 @@ class Arm(msgspec.Struct, frozen=True, tag="arm", tag_field="kind", forbid_unkno
     hold: bool = False
     persist: bool = True  # False: it stays in the arenas
     stays: Annotated[tuple[Attempt, ...], msgspec.Meta(max_length=4)] = ()  # snapshots whose slots stay as they are
-    copied: bool = True  # to the node's keeper; not needed where living replicas on other nodes have all of it
-    sends: Attempt | None = None  # one that is held already, to the keeper from now on
     base: Attempt | None = None  # the commit whose packs may be referred to, for what has not changed since
+
+
+class Copy(msgspec.Struct, frozen=True, tag="copy", tag_field="kind", forbid_unknown_fields=True):
+    """This snapshot, which the node holds, to its keeper from now on."""
+
+    term: Count
+    attempt: Attempt
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort", tag_field="kind", forbid_unknown_fields=True):
@@ -450,6 +457,7 @@ FromCoordinator = (
     | Halt
     | KillRank
     | Arm
+    | Copy
     | Abort
     | Committed
     | Verdict

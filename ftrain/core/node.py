@@ -213,6 +213,8 @@ def _said(turn: Turn, message: m.FromCoordinator) -> None:
             node_hangs.kill(turn, message)
         case m.Arm():
             node_attempts.arm(turn, message)
+        case m.Copy(attempt=attempt):
+            node_attempts.copy(turn, attempt)
         case m.Abort(attempt=attempt):
             node_attempts.abort(turn, attempt)
         case m.Committed(attempt=attempt):

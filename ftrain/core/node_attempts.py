@@ -33,9 +33,6 @@ def arm(turn: Turn, message: m.Arm) -> None:
         turn.send(m.ArmReply(attempt, False, -1, "it was refused, or given up, before"))
         return
     turn.set(attempt_seen=attempt.number)
-    sends = {slot: held for slot, held in state.held.items() if held == message.sends}
-    turn.set(copied={**state.copied, **sends})
-    state = turn.state
     if snapshot is not None and snapshot.hold and not snapshot.decided:
         # Who had it held is gone, or it would have said what becomes of it.
         turn.do(SetVerdict(snapshot.attempt, False, ranks_of(state)))
@@ -56,7 +53,7 @@ def arm(turn: Turn, message: m.Arm) -> None:
         copied = {slot: held for slot, held in state.copied.items() if slot != free[0]}
         if snapshot is not None and is_taken and snapshot.persist:
             turn.set(saving=snapshot)
-        snapshot = Snapshot(attempt, free[0], message.hold, message.persist, message.copied, message.base)
+        snapshot = Snapshot(attempt, free[0], message.hold, message.persist, message.base)
         turn.set(snapshot=snapshot, held=held, copied=copied)
         turn.do(ArmPages(attempt, free[0], message.hold, ranks_of(state)))
 
@@ -64,6 +61,14 @@ def arm(turn: Turn, message: m.Arm) -> None:
 def _worth(state: State, slot: int) -> tuple[bool, int]:
     """How much what the slot holds could still be of use: first whether it is being copied, then its step."""
     return slot in state.copied, state.held[slot].step if slot in state.held else -1
+
+
+def copy(turn: Turn, attempt: m.Attempt) -> None:
+    """From now on that is sent to the keeper, if it is held."""
+    state = turn.state
+    found = {slot: held for slot, held in state.held.items() if held == attempt}
+    if found:
+        turn.set(copied={**state.copied, **found})
 
 
 def armed(turn: Turn, event: Armed) -> None:
@@ -139,8 +144,8 @@ def repeat(turn: Turn) -> None:
         if not snapshot.armed:
             continue
         turn.send(m.ArmReply(snapshot.attempt, True))
-        for rank in sorted(snapshot.sealed):
-            turn.send(_sealed(turn.state, snapshot, rank))
+        if _is_sealed(turn.state, snapshot):
+            turn.send(_sealed(turn.state, snapshot))
         for pack in snapshot.packs:
             turn.send(m.Prepared(snapshot.attempt, pack))
         for failure in snapshot.failures:
@@ -148,21 +153,25 @@ def repeat(turn: Turn) -> None:
 
 
 def sealed(turn: Turn, snapshot: Snapshot, rank: int) -> None:
-    sealed = snapshot.sealed | {rank}
-    turn.set(snapshot=replace(snapshot, sealed=sealed))
-    if sealed >= set(turn.state.workers):
+    snapshot = replace(snapshot, sealed=snapshot.sealed | {rank})
+    turn.set(snapshot=snapshot)
+    if _is_sealed(turn.state, snapshot):
         turn.set(held={**turn.state.held, snapshot.slot: snapshot.attempt})
-        if snapshot.copied:
-            turn.set(copied={**turn.state.copied, snapshot.slot: snapshot.attempt})
-    turn.send(_sealed(turn.state, snapshot, rank))
+        turn.send(_sealed(turn.state, snapshot))
     if snapshot.persist:
         turn.set(writing={**turn.state.writing, (snapshot.attempt, rank): snapshot.slot})
         turn.do(Persist(snapshot.attempt, rank, snapshot.slot, snapshot.base))
 
 
-def _sealed(state: State, snapshot: Snapshot, rank: int) -> m.Sealed:
-    worker = state.workers[rank]
-    return m.Sealed(snapshot.attempt, rank, worker.stall_seconds, worker.staging_seconds)
+def _is_sealed(state: State, snapshot: Snapshot) -> bool:
+    return snapshot.sealed >= set(state.workers)
+
+
+def _sealed(state: State, snapshot: Snapshot) -> m.Sealed:
+    workers = state.workers.values()
+    stall = max(worker.stall_seconds for worker in workers)
+    staging = max(worker.staging_seconds for worker in workers)
+    return m.Sealed(snapshot.attempt, tuple(state.workers), stall, staging)
 
 
 def unfill(turn: Turn, rank: int) -> None:

@@ -45,7 +45,6 @@ class Snapshot:
     slot: int
     hold: bool
     persist: bool = True
-    copied: bool = True
     base: m.Attempt | None = None
     sealed: frozenset[int] = frozenset()
     packs: tuple[m.PackRecord, ...] = ()

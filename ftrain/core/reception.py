@@ -112,6 +112,9 @@ def welcome(turn: Turn, node: str) -> None:
     policy = turn.state.policy
     turn.send(node, m.Welcome(policy.run_id, turn.state.term, policy.lease_seconds, policy.heartbeat_seconds))
     resync(turn, node, turn.state.reports[node])
+    attempt = turn.state.copying
+    if attempt is not None and node in turn.state.members:
+        turn.send(node, m.Copy(turn.state.term, attempt))  # it may not have heard of it
 
 
 def _report(turn: Turn, node: str, report: m.Report) -> None:

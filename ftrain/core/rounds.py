@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import msgspec
-
 from ftrain.core import commit, copying, journal, metrics, recovery, retention, schedule
 from ftrain.core import messages as m
 from ftrain.core.commit import Barrier
@@ -59,9 +57,6 @@ def propose(turn: Turn) -> None:
         step, hold, persist = found.step, False, found.persist
         if found.put_off and not state.cadence.put_off:
             turn.set(cadence=replace(state.cadence, put_off=found.put_off))
-    sends, copied = copying.next_sent(state, persist, turn.now)
-    if sends is not None:
-        state = msgspec.structs.replace(state, copying=sends, copied_at=turn.now)
     stays = copying.stays(state, persist, turn.now)
     if not persist and not copying.has_room(state, stays):
         turn.set(cadence=schedule.put_off(turn.state.cadence, turn.now))
@@ -74,18 +69,10 @@ def propose(turn: Turn) -> None:
         generation.ranks,
         hold,
         persist,
-        copied,
-        sends,
         stays,
         deadline=turn.now + state.policy.checkpoint.attempt_seconds,
     )
-    turn.set(
-        barrier=barrier,
-        attempts=number,
-        cost=schedule.Cost(),
-        copying=state.copying,
-        copied_at=state.copied_at,
-    )
+    turn.set(barrier=barrier, attempts=number, cost=schedule.Cost())
     metrics.begin(turn)
     turn.to_members(arm(turn.state, barrier))
 
@@ -107,10 +94,16 @@ def arm(state: State, barrier: Barrier) -> m.Arm:
         barrier.hold,
         barrier.persist,
         barrier.stays,
-        barrier.copied,
-        barrier.sends,
         base.attempt if base is not None else None,
     )
+
+
+def copy(turn: Turn) -> None:
+    """Have the next snapshot sent to other nodes, if one is to be. Who is not in its loop may not hold it yet."""
+    attempt = copying.next_sent(turn.state, turn.now)
+    if attempt is not None and can_snapshot(turn):
+        turn.set(copying=attempt, copied_at=turn.now)
+        turn.to_members(m.Copy(turn.state.term, attempt))
 
 
 def _base(state: State) -> journal.CommitBody | None:
@@ -226,7 +219,7 @@ def message(turn: Turn, node: str, event: m.ArmReply | m.Sealed | m.Prepared | m
         case m.Sealed():
             if state.barrier is not None and event.attempt == state.barrier.attempt:
                 turn.set(cost=state.cost.most(schedule.Cost(event.stall_seconds, event.staging_seconds)))
-            feed(turn, event.attempt, commit.RankSealed(event.rank))
+            feed(turn, event.attempt, commit.RanksSealed(frozenset(event.ranks)))
         case m.Prepared(pack=pack):
             base = _base(state)
             if set(pack.refers) <= ({base.attempt, *base.refers} if base is not None else set()):
@@ -297,8 +290,6 @@ def _all_sealed(turn: Turn, barrier: Barrier) -> None:
     cadence = schedule.after_snapshot(copying.policy(turn.state, turn.now), turn.state.cadence, turn.now)
     turn.set(cadence=cadence)
     turn.set(cadence=schedule.after_taken(cadence, barrier.attempt.step))
-    if barrier.copied:
-        turn.set(copying=barrier.attempt, copied_at=turn.now)
 
 
 def _committed(turn: Turn, barrier: Barrier) -> None:
@@ -334,8 +325,6 @@ def _aborted(turn: Turn, barrier: Barrier) -> None:
             # Nothing is tried any more that a pause could help.
             cadence = replace(cadence, retry_at=turn.now, commit_at=turn.now)
     turn.set(cadence=cadence)
-    if barrier.sends is not None and barrier.accepted != barrier.nodes:
-        turn.set(copying=None)  # a node may not have heard that it is to send that
     turn.to_members(m.Abort(state.term, barrier.attempt, barrier.cause))
     if barrier.hold and barrier.accepted != barrier.nodes:  # else they were told to leave, and that stands
         turn.to_members(m.Verdict(state.term, barrier.attempt, leave=False))

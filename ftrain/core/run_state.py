@@ -117,6 +117,8 @@ class State(msgspec.Struct, frozen=True):  # not a dataclass: it is replaced man
     probe_at: float = 0.0  # when a coordinator that waits for nodes next looks whether it is still the newest
     exit_code: int = 0
     summary: str = ""
+    looked_at: float = float("-inf")  # when it was last looked at what follows from all this
+    looks_at: float = float("inf")  # when to look next at the latest, for something was said since that can wait
 
     @property
     def newest_commit(self) -> int:

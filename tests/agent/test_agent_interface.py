@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ftrain.agent import environment
+from ftrain.agent import environment, peer_sender
 from ftrain.agent.interface import interface_of, is_loopback
 from ftrain.spec import JobSpec, Output, Program, Topology
 from tests.recovery import namespaces
@@ -19,9 +19,11 @@ from tests.recovery.namespaces import Network
 LACKING = namespaces.lacking()
 ASK = """
 import json
-from ftrain.agent.interface import interface_of, outward_address
+from ftrain.agent.interface import interface_of, link_bytes_per_second, outward_address
+from ftrain.agent.peer_sender import rate
 addresses = ("10.83.0.1", "10.84.0.1", "fd00::7", "127.0.0.1", "10.83.0.2")
-print(json.dumps([*map(interface_of, addresses), outward_address()]))
+speeds = [link_bytes_per_second("eth0"), link_bytes_per_second("eth9"), rate("10.83.0.1"), rate("203.0.113.9")]
+print(json.dumps([*map(interface_of, addresses), outward_address(), *speeds]))
 """
 
 
@@ -54,11 +56,13 @@ def test_ranks_of_several_hosts_meet_where_the_node_is_reached(monkeypatch: pyte
 
 
 @pytest.mark.skipif(bool(LACKING), reason=LACKING)
-def test_every_address_of_an_interface_is_found() -> None:
+def test_every_address_of_an_interface_is_found_and_its_speed() -> None:
     with Network(1) as network:
         for address, device in (("10.84.0.1/32", "eth0"), ("fd00::7/128", "eth0")):
             add = ["ip", "address", "add", address, "dev", device]
             subprocess.run(network.inside(0, add), check=True, timeout=30)
         command = network.inside(0, [sys.executable, "-c", ASK])
         found = subprocess.run(command, check=True, capture_output=True, timeout=60, env=dict(os.environ)).stdout
-    assert json.loads(found) == ["eth0", "eth0", "eth0", "lo", "", network.address(0)]
+    names, speeds = json.loads(found)[:6], json.loads(found)[6:]
+    assert names == ["eth0", "eth0", "eth0", "lo", "", network.address(0)]
+    assert speeds == [1_250_000_000, 0, 312_500_000, peer_sender.BYTES_PER_SECOND_MIN], "veth says 10 Gbit/s"

@@ -38,8 +38,12 @@ class Scene:
         self.peer_port = 0  # where the nodes take peer copies
 
     def do(self, event: run_state.Event) -> list[str]:
-        """Feed one event; returns a transcript of the actions."""
+        """Feed one event; returns a transcript of the actions, of those included that can wait a moment."""
         self.state, actions = coordinator.step(self.state, event, self.now, self.now)
+        if self.state.looks_at < float("inf"):
+            self.now = self.state.looks_at
+            self.state, more = coordinator.step(self.state, run_state.Tick(), self.now, self.now)
+            actions += more
         lines = [line for line in map(self._line, actions) if line]
         self.log += lines
         return lines

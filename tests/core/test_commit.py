@@ -12,7 +12,7 @@ ATTEMPT = Attempt(generation=1, step=30, number=2)
 EVENTS: tuple[commit.Event, ...] = (
     commit.Accepted("a"),
     commit.Refused("a", 31, "too late"),
-    commit.RankSealed(0),
+    commit.RanksSealed(frozenset({0})),
     commit.RankPrepared(PackRecord(0, "packs/00000", "packs/00000.json", "0" * 64, 1, 1, 1)),
     commit.RankFailed(0, "disk full"),
     commit.WorkersLost(frozenset({0}), "rank 0 died"),
@@ -44,7 +44,7 @@ def play(state: Barrier, *events: commit.Event) -> tuple[Barrier, list[str]]:
 def test_attempt_that_goes_well_commits_in_order() -> None:
     state, asked = play(barrier(), commit.Accepted("a"), commit.Accepted("b"))
     assert (state.stage, asked) == (Stage.ARMED, ["AllArmed"])
-    state, asked = play(state, commit.RankSealed(0), commit.RankSealed(1))
+    state, asked = play(state, commit.RanksSealed(frozenset({0})), commit.RanksSealed(frozenset({1})))
     assert (state.stage, asked) == (Stage.SEALED, ["AllSealed"])
     state, asked = play(state, prepared(1), prepared(0))
     assert (state.stage, asked) == (Stage.PREPARED, ["Publish"])
@@ -61,7 +61,7 @@ def test_one_rank_prepared_twice_is_not_two_ranks() -> None:
 
 
 def test_stranger_changes_nothing() -> None:
-    state, asked = play(barrier(), commit.Accepted("c"), commit.RankSealed(7), prepared(7))
+    state, asked = play(barrier(), commit.Accepted("c"), commit.RanksSealed(frozenset({7})), prepared(7))
     assert (state, asked) == (barrier(), [])
 
 
@@ -78,9 +78,13 @@ def test_refusal_aborts_and_says_how_far_that_node_is() -> None:
     assert state.cause == "node a refused: too late"
 
 
-@pytest.mark.parametrize(("sealed", "stage"), [((), Stage.ABORTED), ((0,), Stage.ARMED)])
+@pytest.mark.parametrize(("sealed", "stage"), [((), Stage.ABORTED), ((0,), Stage.ARMED), ((7,), Stage.ABORTED)])
 def test_worker_lost_before_its_seal_aborts_and_after_it_does_not(sealed: tuple[int, ...], stage: Stage) -> None:
-    events: list[commit.Event] = [commit.Accepted("a"), commit.Accepted("b"), *map(commit.RankSealed, sealed)]
+    events: list[commit.Event] = [
+        commit.Accepted("a"),
+        commit.Accepted("b"),
+        commit.RanksSealed(frozenset(sealed)),
+    ]
     state, _ = play(barrier(), *events, commit.WorkersLost(frozenset({0}), "rank 0 died"))
     assert state.stage is stage
 
@@ -89,8 +93,8 @@ def test_arena_lost_before_its_pack_is_durable_aborts() -> None:
     armed: list[commit.Event] = [
         commit.Accepted("a"),
         commit.Accepted("b"),
-        commit.RankSealed(0),
-        commit.RankSealed(1),
+        commit.RanksSealed(frozenset({0})),
+        commit.RanksSealed(frozenset({1})),
         prepared(0),
     ]
     gone = commit.ArenasLost(frozenset({1}), "node b is gone")

@@ -97,7 +97,7 @@ def test_rank_that_dies_after_all_sealed_does_not_cost_the_commit() -> None:
     scene = Scene().running()
     attempt = scene.armed()
     for rank, node in enumerate(NODES):
-        scene.say(node, m.Sealed(attempt, rank))
+        scene.say(node, m.Sealed(attempt, (rank,)))
     scene.died("a", stopped=True)
     scene.died("b", ordered=True, stopped=True)
     assert scene.state.phase is Phase.SETTLING
@@ -198,7 +198,7 @@ def test_stale_coordinator_that_finds_its_name_taken_says_nothing_more() -> None
     assert stale.stored(Outcome.EXISTS) == ["read"]
     other = journal.encode(journal.Record(3, "x", "c2:3", 0.0, journal.RunBody("run", "job", "1")))
     assert stale.do(Stored(journal.ReadBack(create.path, other))) == [f"exit {int(ExitCode.FAILED)}"]
-    assert stale.say("a", m.Sealed(attempt, 0)) == []
+    assert stale.say("a", m.Sealed(attempt, (0,))) == []
     assert stale.wait(100.0) == []
 
 

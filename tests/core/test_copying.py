@@ -20,11 +20,6 @@ QUICK = 0.001  # seconds that a cheap snapshot takes
 PACE = schedule.PACE_SECONDS_MIN
 
 
-def goes(message: m.Arm) -> m.Attempt | None:
-    """What other nodes are to have from now on."""
-    return message.attempt if message.copied else message.sends
-
-
 class Scene(scenes.Scene):
     """Two nodes of one rank each, a step each second, whose ranks and keepers say what they have."""
 
@@ -36,7 +31,15 @@ class Scene(scenes.Scene):
         self.held: tuple[m.Attempt, ...] = ()
         self.kept: tuple[m.Attempt, ...] = ()  # by each of the other
         self.step = 0
+        self.sent: list[m.Attempt] = []  # what other nodes were to have, in turn
         self.running()
+
+    def do(self, event: run_state.Event) -> list[str]:
+        lines = super().do(event)
+        if {"a <- Copy", "b <- Copy"} <= set(lines):
+            assert self.state.copying is not None
+            self.sent.append(self.state.copying)
+        return lines
 
     def steps(self, node: str, step: int, **fields: object) -> list[str]:
         own = scenes.NODES.index(node)
@@ -61,14 +64,15 @@ class Scene(scenes.Scene):
             self.next_step()
         self.held = (*(one for one in self.held if one in sent.stays), attempt)
         for rank, node in enumerate(scenes.NODES):
-            self.say(node, m.Sealed(attempt, rank, seconds / 100, seconds))
+            self.say(node, m.Sealed(attempt, (rank,), seconds / 100, seconds))
         return sent
 
     def until_sent(self) -> m.Attempt:
         """Snapshots, until one is to go to other nodes."""
-        while (sent := goes(self.snapshot())) is None:
-            pass
-        return sent
+        before = len(self.sent)
+        while len(self.sent) == before:
+            self.snapshot()
+        return self.sent[-1]
 
     def commit_due(self) -> None:
         self.state = msgspec.structs.replace(self.state, cadence=replace(self.state.cadence, due=self.now))
@@ -107,8 +111,8 @@ def test_replicas_take_one_every_ten_seconds() -> None:
     for _ in range(8):
         assert scene.next_step() == []
     scene.next_step(3.0)
-    assert scene.state.barrier is not None
-    assert not scene.state.barrier.copied, "a replica on another node is as good as a copy"
+    scene.snapshot()
+    assert scene.sent == [], "a replica on another node is as good as a copy"
 
 
 def test_snapshots_that_cost_much_are_less_frequent() -> None:
@@ -130,29 +134,29 @@ def test_one_slow_snapshot_is_no_rule() -> None:
 def test_one_snapshot_at_a_time_goes_to_other_nodes_and_stays_meanwhile() -> None:
     scene = Scene()
     first = scene.snapshot()
-    assert first.copied
+    assert scene.sent == [first.attempt]
     between = [scene.snapshot() for _ in range(4)]
-    assert not any(map(goes, between))
+    assert scene.sent == [first.attempt]
     assert all(first.attempt in sent.stays for sent in between)
     assert all(len(sent.stays) < 3 for sent in between)
     scene.kept = (first.attempt,)
-    assert scene.until_sent().step == first.attempt.step + copying.COPY_SECONDS, "a step takes a second"
+    newest = first.attempt.step + copying.COPY_SECONDS - 1
+    assert scene.until_sent().step == newest, "a step takes a second, and the one that is under way is not sealed"
 
 
 def test_snapshot_that_is_safe_on_other_nodes_stays_until_the_next_one_is() -> None:
     scene = Scene()
     first = scene.snapshot().attempt
     scene.kept = (first,)
-    while (second := goes(one_more := scene.snapshot())) is None:
-        assert first in one_more.stays or one_more.attempt.step == first.step + 1  # that one was armed before
-    assert set(one_more.stays) == {first, second}
+    second = scene.until_sent()
+    newest = scene.state.held
     for _ in range(5):  # three slots are taken: nothing is lost for the sake of a snapshot that stays in memory
         assert scene.next_step() == []
-    assert set(scene.held) == {first, second, one_more.attempt}
+    assert set(scene.held) == {first, second, newest}
     scene.kept = (first, second)
     scene.next_step()
     scene.next_step()
-    assert set(scene.arm_sent().stays) == {second, one_more.attempt}
+    assert set(scene.arm_sent().stays) == {second, newest}
 
 
 def test_copy_that_no_arena_has_any_more_is_not_waited_for() -> None:
@@ -167,20 +171,30 @@ def test_copy_that_no_arena_has_any_more_is_not_waited_for() -> None:
     assert sent.step > gone.step
 
 
-def test_what_a_node_may_not_have_heard_of_is_sent_again() -> None:
-    scene = Scene(policy=CheckpointPolicy(0, 3600.0, snapshot_steps=2), slots=copying.SLOTS + 1)
-    scene.kept = (scene.snapshot().attempt,)
-    newest = scene.snapshot().attempt
-    while scene.arm_sent().sends is None or scene.state.barrier is None:
-        scene.next_step()
-    sent = scene.arm_sent()
-    assert sent.sends == newest
-    scene.say(scenes.NODES[0], m.ArmReply(sent.attempt, False, -1, "not all of its workers are in their loop"))
-    assert scene.state.barrier is None
+def test_node_that_was_away_is_told_again_what_to_send() -> None:
+    scene = Scene()
+    scene.snapshot()
+    scene.do(run_state.Disconnected("a"))
+    assert "a <- Copy" in scene.hello("a", scene.state.reports["a"])
+
+
+def test_what_all_went_on_from_goes_to_the_keepers_of_the_new_generation() -> None:
+    """A node that took the place of a lost one has it from a keeper, and is nobody's copy of it."""
+    scene = Scene()
+    first = scene.snapshot().attempt
+    scene.kept = (first,)
     scene.next_step()
-    again = scene.arm_sent()
-    assert again.attempt.number > sent.attempt.number
-    assert again.sends == newest
+    kept, held = (scene.step - 1, scene.step), (first,)
+    gone = m.RankExit(0, 0, 7, 1, 9, scene.step, 3, kept=kept, shard="x")
+    left = m.RunningRank(1, 0, 7, scene.step, 3, True, halted=True, live=scene.step, kept=kept, shard="y", looped=True)
+    scene.report("a", exits=(gone,), stopped=True, held=held)
+    assert "continues at 1 from arena, 1 kept, 1 new" in scene.report("b", ranks=(left,), halted=True, held=held)
+    scene.stored()
+    scene.say("a", m.StoreReady(scene.state.number, "10.0.0.1", 29400))
+    scene.kept, scene.step = (), first.step
+    assert "a <- Copy" not in scene.steps("a", first.step), "the other one has not come to its loop yet"
+    assert "a <- Copy" in scene.steps("b", first.step)
+    assert scene.sent == [first, first]
 
 
 def test_copies_that_take_long_stop_no_snapshot_for_longer_than_they_are_worth() -> None:
@@ -192,7 +206,7 @@ def test_copies_that_take_long_stop_no_snapshot_for_longer_than_they_are_worth()
         waited += 1
     assert waited < copying.SPARED_SECONDS + 1
     assert slow in scene.arm_sent().stays, "it is still on its way"
-    assert goes(scene.arm_sent()) is None
+    assert scene.sent[-1] == slow
 
 
 def test_commit_takes_the_slot_of_what_is_only_kept() -> None:
@@ -211,11 +225,21 @@ def test_snapshots_of_a_given_period_are_sent_as_soon_as_the_last_one_is_there()
     assert copying.slots_wanted(scene.state) == scene.slots
     found = []
     for _ in range(8):
-        sent = scene.snapshot()
-        scene.kept = (new,) if (new := goes(sent)) is not None else scene.kept
-        found.append(sent)
+        found.append(scene.snapshot())
+        scene.kept = (scene.sent[-1],)
     assert [sent.attempt.step for sent in found] == [2, 4, 6, 8, 10, 12, 14, 16], "none waits for a slot"
-    assert [one.step for one in map(goes, found) if one is not None] == [2, 4, 8, 12]
+    assert scene.sent == [sent.attempt for sent in found]
+
+
+def test_newest_snapshot_is_sent_when_the_one_before_is_there_not_when_another_is_asked_for() -> None:
+    scene = Scene(policy=CheckpointPolicy(0, 3600.0, snapshot_steps=2), slots=copying.SLOTS + 1)
+    first, second = scene.snapshot().attempt, scene.snapshot().attempt
+    assert scene.sent == [first]
+    scene.kept = (first,)
+    scene.steps("a", scene.step)
+    assert scene.sent == [first], "its other half is not there"
+    scene.steps("b", scene.step)
+    assert scene.sent == [first, second]
 
 
 def test_without_memory_for_a_third_slot_all_are_copied_and_none_waits() -> None:
@@ -223,8 +247,13 @@ def test_without_memory_for_a_third_slot_all_are_copied_and_none_waits() -> None
     for _ in range(8):
         assert scene.next_step() == []
     scene.next_step(3.0)
-    assert scene.arm_sent().copied
     assert scene.arm_sent().stays == ()
+    found = []
+    for _ in range(3):
+        while scene.state.barrier is None:
+            scene.next_step()
+        found.append(scene.snapshot().attempt)
+    assert scene.sent == found
 
 
 def test_what_a_commit_has_is_kept_for_nobody() -> None:
@@ -275,21 +304,18 @@ def test_commit_goes_to_other_nodes_as_soon_as_the_last_copy_is_there() -> None:
     """What is lost with a node is then not older in memory than in storage."""
     scene = Scene()
     scene.until_sent()
-    scene.commit_due()
-    on_its_way = scene.snapshot()
-    while not on_its_way.persist:
-        on_its_way = scene.snapshot()
-    assert goes(on_its_way) is None, "the one before is not at its keeper yet"
-    prepare(scene, on_its_way.attempt)
-    scene.do(run_state.Published(on_its_way.attempt, "f" * 64))
+    first = scene.sent[-1]
+    commit = write_commit(scene)
+    assert scene.sent[-1] == first, "that one is not at its keeper yet"
+    prepare(scene, commit)
+    scene.do(run_state.Published(commit, "f" * 64))
     scene.stored()
-    scene.snapshot()  # armed before
-    assert goes(scene.snapshot()), "the commit itself could not be, and is newer than all that another node has"
-    assert scene.state.copying is not None
-    assert goes(scene.snapshot()) is None
-    scene.kept = (scene.state.copying,)
+    assert scene.sent[-1] == commit, "now that one is worth nothing any more"
+    scene.snapshot()
+    assert scene.sent[-1] == commit
+    scene.kept = (commit,)
     second = write_commit(scene)
-    assert scene.state.copying == second
+    assert scene.sent[-1] == second
     prepare(scene, second)
     scene.do(run_state.Published(second, "f" * 64))
     scene.stored()

@@ -277,6 +277,45 @@ def test_coordinator_ends_the_generation_in_place_when_nobody_is_behind() -> Non
     assert scene.state.failure.kind is FailureClass.LINK
 
 
+def waits(seconds: float, collective: int = 51) -> m.RunningRank:
+    return rank(0, collective=collective, mark=50, still_seconds=seconds, idle_seconds=0.0, slowest_seconds=0.5)
+
+
+def desert(scene: Scene, waiting: m.RunningRank) -> list[str]:
+    """Node 1 is gone, and does not come back; what node 0 has to say of its rank then."""
+    scene.report("b", ranks=(ahead(1),), looping=True)
+    scene.do(run_state.Disconnected("b"))
+    scene.now += 3.0
+    return scene.report("a", ranks=(waiting,), looping=True)
+
+
+def test_ranks_that_wait_for_a_node_whose_channel_broke_do_not_wait_for_its_lease() -> None:
+    """Their connection to its ranks may not tell."""
+    scene = Scene().running()
+    assert "a <- Halt" in desert(scene, waits(1.1))
+    halted = msgspec.structs.replace(waits(1.1), halted=True, looped=True)
+    scene.report("a", ranks=(halted,), halted=True)
+    assert scene.now < scene.state.nodes["b"].lease_until
+    assert "interrupted at 8: node 1 was lost: its agent's channel closed" in scene.log
+
+
+@pytest.mark.parametrize("waiting", [waits(0.9), waits(60.0, collective=50)])
+def test_ranks_that_come_on_or_wait_for_nobody_need_no_node_whose_channel_broke(waiting: m.RunningRank) -> None:
+    scene = Scene().running()
+    assert "a <- Halt" not in desert(scene, waiting)
+    assert scene.state.phase is RunPhase.RUNNING
+
+
+def test_node_that_comes_back_in_time_is_waited_for() -> None:
+    scene = Scene().running()
+    scene.report("b", ranks=(ahead(1),), looping=True)
+    scene.do(run_state.Disconnected("b"))
+    scene.now += 1.0
+    scene.hello("b", scene.state.reports["b"])
+    scene.now += 3.0
+    assert "a <- Halt" not in scene.report("a", ranks=(waits(3.0),), looping=True)
+
+
 def test_coordinator_does_not_judge_a_run_that_is_leaving() -> None:
     scene = Scene().running()
     scene.do(run_state.Received("b", m.Notice("SIGTERM", 30.0)))

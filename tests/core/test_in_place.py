@@ -43,7 +43,7 @@ def sealed(scene: Scene) -> m.Attempt:
     attempt = scene.armed()
     in_loop(scene, 10)
     for rank in (0, 1):
-        scene.say(NODES[rank], m.Sealed(attempt, rank))
+        scene.say(NODES[rank], m.Sealed(attempt, (rank,)))
     return attempt
 
 
@@ -349,14 +349,13 @@ def test_halted_word_of_an_older_generation_is_not_believed() -> None:
 def test_slot_that_the_run_would_go_on_from_is_not_filled_again() -> None:
     scene = test_node.Scene().looping()
     first = m.Attempt(1, 4, 1)
-    assert scene.say(m.Arm(1, first, persist=False, copied=False)) == ["arm 4 slot 0"]
+    assert scene.say(m.Arm(1, first, persist=False)) == ["arm 4 slot 0"]
     scene.do(node.Armed(first, True, 1))
-    for rank in (2, 3):
-        assert scene.do(node.WorkerSaid(rank, local.WorkerSealed(1, 0.0))) == ["say Sealed"]
+    for rank, said in ((2, []), (3, ["say Sealed"])):
+        assert scene.do(node.WorkerSaid(rank, local.WorkerSealed(1, 0.0))) == said
     assert node.report(scene.state, scene.pages).held == (first,)
     second, third = m.Attempt(1, 6, 2), m.Attempt(1, 8, 3)
-    assert scene.say(m.Arm(1, second, persist=False, stays=(first,), copied=False, sends=first)) == ["arm 6 slot 1"]
-    assert scene.state.copied == {0: first}
+    assert scene.say(m.Arm(1, second, persist=False, stays=(first,))) == ["arm 6 slot 1"]
     scene.do(node.Armed(second, False, 6))
     assert scene.say(m.Arm(1, third, persist=False, stays=(first,))) == ["arm 8 slot 1"]
 

@@ -21,7 +21,7 @@ def test_preempted_run_saves_its_last_step_and_leaves() -> None:
     attempt = scene.armed()
     assert scene.log[-2:] == ["a <- Verdict leave", "b <- Verdict leave"]
     for rank, node in enumerate(NODES):
-        scene.say(node, m.Sealed(attempt, rank))
+        scene.say(node, m.Sealed(attempt, (rank,)))
         scene.died(node, signal=0, code=int(ExitCode.PREEMPTED), step=2)
         scene.say(node, m.Prepared(attempt, m.PackRecord(rank, f"packs/{rank}", "", "0" * 64, 1, 1, 1)))
     scene.do(run_state.Published(attempt, "f" * 64))
@@ -130,7 +130,7 @@ def test_last_state_that_no_try_could_commit_ends_with_74_and_says_what_is_lost(
         scene.gave_up("packs/0: No space left on device")
     assert scene.log[-2:] == ["a <- Release", "b <- Release"]
     paused = sum(schedule.FAILED_PAUSES_SECONDS[: rounds.LAST_TRIES - 1])  # between the tries, not after the last one
-    assert scene.now - began == paused + scene.state.policy.heartbeat_seconds
+    assert scene.now - began == pytest.approx(paused + scene.state.policy.heartbeat_seconds, abs=0.1)
     for node in NODES:
         scene.died(node, signal=0, step=10, at_end=True, total_steps=10)
     assert scene.stored() == ["a <- Leave 74", "b <- Leave 74"]

@@ -21,12 +21,14 @@ class Scene:
         self.state = node.State(HELLO, grace_seconds=25.0)
         self.now = 0.0
         self.pages: dict[int, tuple[int, int]] = {}
+        self.said: list[m.FromAgent] = []
 
     def do(self, *events: node.Event) -> list[str]:
         lines = []
         for event in events:
             self.state, actions = node.step(self.state, event, self.now, self.pages)
             lines += [describe(action) for action in actions]
+            self.said += [action.message for action in actions if isinstance(action, node.Send)]
         return lines
 
     def say(self, *messages: m.FromCoordinator) -> list[str]:
@@ -106,15 +108,21 @@ def test_snapshot_is_persisted_and_every_step_of_it_reported() -> None:
     scene = Scene().looping()
     assert scene.say(m.Arm(1, ATTEMPT)) == ["arm 10 slot 0"]
     assert scene.do(node.Armed(ATTEMPT, True, 4)) == ["say ArmReply True 4"]
-    sealed = node.WorkerSaid(2, local.WorkerSealed(1, 0.01))
-    assert scene.do(sealed) == ["say Sealed", "persist 10 rank 2 slot 0"]
-    assert scene.do(sealed) == []
+    first, last = (node.WorkerSaid(rank, local.WorkerSealed(1, rank / 100, 0.5)) for rank in (2, 3))
+    assert scene.do(first) == ["persist 10 rank 2 slot 0"]
+    assert scene.do(first) == []
+    assert scene.do(last) == ["say Sealed", "persist 10 rank 3 slot 0"]
+    assert scene.do(last) == []
+    (said,) = [one for one in scene.said if isinstance(one, m.Sealed)]
+    assert said == m.Sealed(ATTEMPT, (2, 3), 0.03, 0.5), "all ranks in one message, with the most that it cost any"
     assert scene.do(node.Persisted(ATTEMPT, pack(2))) == ["say Prepared"]
 
 
 def test_heartbeat_says_again_what_the_attempt_has_come_to() -> None:
     scene = Scene().armed()
     scene.do(node.WorkerSaid(2, local.WorkerSealed(1, 0.01)), node.Persisted(ATTEMPT, pack(2)))
+    assert scene.do(node.Beat()) == ["say Heartbeat", "say ArmReply True -1", "say Prepared"]
+    scene.do(node.WorkerSaid(3, local.WorkerSealed(1, 0.01)))
     assert scene.do(node.Beat()) == ["say Heartbeat", "say ArmReply True -1", "say Sealed", "say Prepared"]
 
 

@@ -32,7 +32,8 @@ TRAINING = """
     from torch.nn.parallel import DistributedDataParallel
     import ftrain
 
-    out, parallel, steps, held_rank, held_step = Path(sys.argv[1]), *sys.argv[2:3], *map(int, sys.argv[3:])
+    out, parallel, place = Path(sys.argv[1]), *sys.argv[2:4]
+    steps, held_rank, held_step = map(int, sys.argv[4:])
     run = ftrain.join()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
@@ -52,13 +53,17 @@ TRAINING = """
                 found.update(whole.detach().contiguous().numpy().tobytes())
         return found.hexdigest() + str(random.random()) + str(torch.rand(2).tolist())
 
+    def hold(number, here):
+        while (number, run.rank, here) == (held_step, held_rank, place) and not (out / "went on").exists():
+            time.sleep(0.01)
+
     out.mkdir(exist_ok=True)
     for step in run.steps(steps):
         with step:
-            while (step.number, run.rank) == (held_step, held_rank) and not (out / "went on").exists():
-                time.sleep(0.01)
+            hold(step.number, "before")
             loss = model(torch.randn(8, 16) + random.random()).square().mean()
             loss.backward()
+            hold(step.number, "after")
             optimizer.step()
             optimizer.zero_grad()
             time.sleep(0.1)
@@ -70,12 +75,13 @@ TRAINING = """
 
 @dataclass
 class Run:
-    """A run of two nodes of one rank each, of whose ranks one stands still in HELD_STEP, before its collectives."""
+    """A run of two nodes of one rank each. One rank stands still in HELD_STEP, before its collectives or after them."""
 
     cluster: Cluster
     parallel: str
     held_rank: int
     flags: tuple[object, ...] = ()
+    place: str = "before"
 
     def __post_init__(self) -> None:
         self.path = self.cluster.path / "job"
@@ -91,7 +97,7 @@ class Run:
         return self.cluster.launch(*where, *how, self.script, *self.arguments(self.held_rank))
 
     def arguments(self, held_rank: int) -> tuple[object, ...]:
-        return self.cluster.path / f"out{held_rank}", self.parallel, STEPS, held_rank, HELD_STEP
+        return self.cluster.path / f"out{held_rank}", self.parallel, self.place, STEPS, held_rank, HELD_STEP
 
     @property
     def out(self) -> Path:
@@ -168,11 +174,14 @@ def listens_at(launcher: Launcher) -> list[str]:
 
 
 def stands_still(run: Run, rank: int) -> None:
-    """Wait until all that the rank's node has of it is kept elsewhere, and nothing new comes."""
+    """Wait until all that the rank's node has of it is kept elsewhere, and nothing new comes.
+
+    Of a snapshot of replicas each node has all: it is not sent, once that is known.
+    """
 
     def is_kept() -> bool:
         kept = run.kept(rank)
-        return HELD_STEP in kept.get("boundaries", ()) and bool(kept["snapshots"])
+        return HELD_STEP in kept.get("boundaries", ()) and (run.parallel == "ddp" or bool(kept["snapshots"]))
 
     wait_for(is_kept, "copies of all that the node has")
     assert not list(run.path.glob("checkpoints/*/*"))  # storage has nothing that one could go on from
@@ -258,6 +267,22 @@ def test_lost_node_of_the_coordinator_is_replaced_from_its_neighbours_memory(clu
     (found,) = run.recoveries()
     assert (found["tier"], found["resumes_at"], found["survivors"], found["forked"]) == ("live", HELD_STEP, 1, 1)
     assert len(run.pids(1)) == 1
+    assert run.end() == run.reference()
+
+
+def test_rank_that_does_not_notice_that_its_peers_node_is_gone_does_not_wait_for_the_lease(cluster: Cluster) -> None:
+    """As one whose peer died in the middle of a message."""
+    run = Run(cluster, "ddp", held_rank=0, flags=("--lease", "10m"), place="after")
+    nodes = [run.start(0), run.start(1)]
+    wait_for(lambda: (run.out / "r1.jsonl").exists(), "steps")
+    nodes.append(run.start())
+    wait_for(lambda: f'"step": {HELD_STEP}' in (run.out / "r1.jsonl").read_text(), "the step that rank 0 stays in")
+    kill_tree(nodes[1])
+    wait_for(lambda: bool(run.recoveries()), "the recovery")
+    (run.out / "went on").touch()
+    assert [nodes[0].wait(), nodes[2].wait()] == [0, 0], nodes[0].text + nodes[2].text
+    (interrupted,) = run.events("interruption")
+    assert interrupted["summary"] == "node 1 was lost: its agent's channel closed"
     assert run.end() == run.reference()
 
 
