@@ -9,7 +9,7 @@ where standing still does not come to an end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 from ftrain.core import commit, leaving, reception, remains, rounds, supervision
@@ -97,14 +97,14 @@ def _missing(turn: Turn, is_done: Callable[[m.Report], bool]) -> list[Node]:
     state = turn.state
     generation = state.generation
     assert generation is not None
-    missing = []
+    missing, absent = [], unreached(state, turn.now)
     for name in state.members:
         node = state.nodes.get(name)
         if node is None or (remains.knows(state, name) and is_done(state.report(name))):
             continue
         if _never_started(state, name):
             continue
-        if name in unreached(state, turn.now):
+        if name in absent:
             continue  # its workers may live on, but they are fenced: nothing of theirs can be committed
         missing.append(node)
     return missing
@@ -118,10 +118,10 @@ def looks_again_at(state: State) -> list[float]:
     return [_back_by(state, node) for node in members if node is not None and not node.connected]
 
 
-def unreached(state: State, now: float) -> tuple[str, ...]:
+def unreached(state: State, now: float) -> frozenset[str]:
     """The members whose channel broke, and who did not come back in time."""
     nodes = [(name, state.nodes.get(name)) for name in state.members]
-    return tuple(name for name, node in nodes if node and not node.connected and now >= _back_by(state, node))
+    return frozenset(name for name, node in nodes if node and not node.connected and now >= _back_by(state, node))
 
 
 def _back_by(state: State, node: Node) -> float:
@@ -154,11 +154,12 @@ def settling(turn: Turn) -> None:
 
 def _can_end(turn: Turn, barrier: Barrier) -> bool:
     state = turn.state
+    absent = unreached(state, turn.now)
     for member in state.generation.members if state.generation is not None else ():
         if barrier.missing.isdisjoint(member.ranks):
             continue
         node = state.nodes.get(member.node)
-        if node is None or member.node in unreached(state, turn.now):
+        if node is None or member.node in absent:
             return False
     return True
 
@@ -225,8 +226,8 @@ def _explain(state: State) -> Failure | None:
     return first
 
 
-def channel_closed(state: State, names: Sequence[str]) -> Failure:
-    """These members of the generation are gone, as far as anybody knows."""
-    members = state.generation.members if state.generation else ()
-    lost = ", ".join(str(member.group_rank) for member in members if member.node in names)
-    return Failure(FailureClass.NODE, names[0], f"node {lost} was lost: its agent's channel closed")
+def channel_closed(state: State, names: Collection[str]) -> Failure:
+    """These members of the generation, one at least, are gone, as far as anybody knows."""
+    members = [member for member in (state.generation.members if state.generation else ()) if member.node in names]
+    lost = ", ".join(str(member.group_rank) for member in members)
+    return Failure(FailureClass.NODE, members[0].node, f"node {lost} was lost: its agent's channel closed")
