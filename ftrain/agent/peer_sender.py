@@ -22,7 +22,7 @@ from ftrain.errors import FtrainError
 log = logging.getLogger("ftrain.peers")
 LOOK_SECONDS = 0.025
 LINK_SHARE = 4  # one part in so many of the link is for copies, the rest for what ranks send each other
-BYTES_PER_SECOND_MIN = 256 << 20  # of the slowest link, and of one whose speed is not known
+BYTES_PER_SECOND = 256 << 20  # where it is not known how fast the link is
 BYTES_PER_SECOND_HERE = 1 << 30  # to a keeper on the same host: no link is shared
 BACKOFF_SECONDS = (0.1, 2.0)
 PATIENCE_SECONDS = 15.0  # with a keeper that cannot be reached
@@ -32,7 +32,7 @@ def rate(own_address: str) -> int:
     """Bytes a second that may go out from this address of ours."""
     if is_loopback(own_address):
         return BYTES_PER_SECOND_HERE
-    return max(BYTES_PER_SECOND_MIN, link_bytes_per_second(interface_of(own_address)) // LINK_SHARE)
+    return link_bytes_per_second(interface_of(own_address)) // LINK_SHARE or BYTES_PER_SECOND
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class Sender:
         self._no_room = False  # the keeper has none for snapshots
         self._warned: set[str] = set()
         self._free_at = 0.0  # when the next bytes may go
-        self._bytes_per_second = BYTES_PER_SECOND_MIN
+        self._bytes_per_second = BYTES_PER_SECOND
 
     def begin(self, generation: int, keeper: m.Peer | None) -> None:
         """From now on this is who keeps our copies: it is sent all there is anew."""
