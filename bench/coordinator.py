@@ -190,6 +190,8 @@ def measure(count: int, args: argparse.Namespace, directory: Path) -> str:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     try:
         while not _listens(endpoint):
+            if process.poll() is not None:
+                raise SystemExit(f"the coordinator ended: {(directory / 'log').read_text()}")
             time.sleep(0.05)
         return asyncio.run(_measured(psutil.Process(process.pid), count, args, endpoint, secret))
     finally:
