@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from ftrain.core import journal, run_state
+from ftrain.core import coordinator, journal, run_state
 from ftrain.core import messages as m
 from ftrain.core.journal import Outcome
 from ftrain.core.run_state import Disconnected, Phase, Received, Stored
@@ -43,6 +43,24 @@ def test_older_commit_is_retired_and_only_then_deleted() -> None:
     assert "append retire" in scene.log
     assert "discard 10.1" not in scene.log
     assert scene.stored()[0] == "discard 10.1"
+
+
+def test_what_follows_from_a_heartbeat_is_looked_at_a_moment_later_and_what_follows_from_a_death_at_once() -> None:
+    """So that one look serves for all that many nodes say meanwhile."""
+    scene = Scene().running()
+    scene.armed()
+    scene.wait(0.0)
+    report = msgspec.structs.replace(scene.state.reports["a"], version=scene.versions["a"] + 1)
+    waiting, actions = coordinator.step(scene.state, Received("a", m.Heartbeat(1, report)), scene.now)
+    assert [type(action.message) for action in actions if isinstance(action, run_state.Send)] == [m.Heard]
+    assert scene.now < coordinator.wake_at(waiting, scene.now) == waiting.looks_at < scene.now + 0.001
+    looked, _ = coordinator.step(waiting, run_state.Tick(), waiting.looks_at)
+    assert coordinator.wake_at(looked, waiting.looks_at) > scene.now + 0.5
+    died = m.RankExit(0, 0, 7, 0, 9, 0, 3)
+    report = msgspec.structs.replace(report, ranks=(), exits=(died,), stopped=True, looping=False)
+    ended, _ = coordinator.step(waiting, Received("a", m.Changed(report)), scene.now)
+    assert ended.phase is not Phase.RUNNING
+    assert ended.looks_at == float("inf")
 
 
 def test_lost_start_is_said_again_at_the_next_report() -> None:
