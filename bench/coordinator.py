@@ -22,6 +22,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
+from launchers.ftrain import FTRAIN
+from launchers.job import endpoint
 
 import ftrain
 from ftrain.control.client import Client
@@ -69,9 +71,9 @@ class Run:
 class Node:
     """One agent with its ranks, as far as the coordinator sees it."""
 
-    def __init__(self, run: Run, number: int, endpoint: str, secret: Secret) -> None:
+    def __init__(self, run: Run, number: int, address: str, secret: Secret) -> None:
         self.name = f"node-{number:04d}"
-        self.client = Client(endpoint, secret)
+        self.client = Client(address, secret)
         self.start: m.Start | None = None
         self._run = run
         self._version = 0
@@ -177,33 +179,31 @@ class Node:
 
 def measure(count: int, args: argparse.Namespace, directory: Path) -> str:
     """A row of the table, for so many nodes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = endpoint()
     secret = Secret.create(directory / "secret")
     command = [
-        *(sys.executable, "-m", "ftrain.cli.main", "coordinator", "--run-dir", str(directory / "run")),
-        *("--secret", str(directory / "secret"), "--rdzv-endpoint", endpoint, "--rdzv-id", "bench"),
+        *(*FTRAIN, "coordinator", "--run-dir", str(directory / "run")),
+        *("--secret", str(directory / "secret"), "--rdzv-endpoint", address, "--rdzv-id", "bench"),
         *("--nnodes", str(count), "--checkpoint-every", "off"),
     ]
     with (directory / "log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     try:
-        while not _listens(endpoint):
+        while not _listens(address):
             if process.poll() is not None:
                 raise SystemExit(f"the coordinator ended: {(directory / 'log').read_text()}")
             time.sleep(0.05)
-        return asyncio.run(_measured(psutil.Process(process.pid), count, args, endpoint, secret))
+        return asyncio.run(_measured(psutil.Process(process.pid), count, args, address, secret))
     finally:
         process.terminate()
         process.wait(30)
 
 
 async def _measured(
-    coordinator: psutil.Process, count: int, args: argparse.Namespace, endpoint: str, secret: Secret
+    coordinator: psutil.Process, count: int, args: argparse.Namespace, address: str, secret: Secret
 ) -> str:
     run = Run(args.step_seconds, args.ranks)
-    run.nodes = [Node(run, number, endpoint, secret) for number in range(count)]
+    run.nodes = [Node(run, number, address, secret) for number in range(count)]
     began = time.monotonic()
     tasks = [asyncio.create_task(node.client.run(node.hello, node.heard, _state)) for node in run.nodes]
     while len(run.by_place) < count:
@@ -243,8 +243,8 @@ async def _beat(node: Node, after: float) -> None:
         await asyncio.sleep(1.0)
 
 
-def _listens(endpoint: str) -> bool:
-    host, _, port = endpoint.rpartition(":")
+def _listens(address: str) -> bool:
+    host, _, port = address.rpartition(":")
     with socket.socket() as probe:
         return probe.connect_ex((host, int(port))) == 0
 

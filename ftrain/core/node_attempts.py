@@ -39,7 +39,7 @@ def arm(turn: Turn, message: m.Arm) -> None:
     busy = {*(slot for _, slot in state.filling.values()), *state.writing.values()}
     # What the run would go on from stays as it is until there is something newer.
     busy |= {slot for slot, held in state.held.items() if held in message.stays}
-    is_taken = snapshot is not None and len(snapshot.sealed) == len(state.workers)
+    is_taken = snapshot is not None and _is_sealed(state, snapshot)
     if snapshot is not None and not is_taken:
         busy.add(snapshot.slot)
     slots = min((worker.slots for worker in state.workers.values() if worker.slots), default=SLOTS_MIN)
@@ -67,8 +67,7 @@ def copy(turn: Turn, attempt: m.Attempt) -> None:
     """From now on that is sent to the keeper, if it is held."""
     state = turn.state
     found = {slot: held for slot, held in state.held.items() if held == attempt}
-    if found:
-        turn.set(copied={**state.copied, **found})
+    turn.set(copied={**state.copied, **found})
 
 
 def armed(turn: Turn, event: Armed) -> None:

@@ -130,7 +130,7 @@ def test_last_state_that_no_try_could_commit_ends_with_74_and_says_what_is_lost(
         scene.gave_up("packs/0: No space left on device")
     assert scene.log[-2:] == ["a <- Release", "b <- Release"]
     paused = sum(schedule.FAILED_PAUSES_SECONDS[: rounds.LAST_TRIES - 1])  # between the tries, not after the last one
-    assert scene.now - began == pytest.approx(paused + scene.state.policy.heartbeat_seconds, abs=0.1)
+    assert scene.now - began == pytest.approx(paused + scene.state.policy.heartbeat_seconds, abs=0.01)
     for node in NODES:
         scene.died(node, signal=0, step=10, at_end=True, total_steps=10)
     assert scene.stored() == ["a <- Leave 74", "b <- Leave 74"]
