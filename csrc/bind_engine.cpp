@@ -154,7 +154,8 @@ void bind_engine(nb::module_& m) {
 
     nb::class_<CopyJob>(m, "CopyJob")
         .def("done", &CopyJob::done)
-        .def("wait", &CopyJob::wait, nb::call_guard<nb::gil_scoped_release>());
+        .def("wait", &CopyJob::wait, nb::call_guard<nb::gil_scoped_release>())
+        .def("taken_seconds", &CopyJob::taken_seconds, nb::call_guard<nb::gil_scoped_release>());
 
     nb::class_<Copier>(m, "Copier")
         .def(nb::init<unsigned>(), "threads"_a)

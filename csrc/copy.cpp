@@ -97,9 +97,32 @@ bool CopyJob::copy_piece() {
     return true;
 }
 
-void CopyJob::wait() {
-    while (copy_piece()) {
+void CopyJob::copy_pieces(const std::stop_token& stop) {
+    {
+        const std::lock_guard lock(mutex_);
+        if (taken_ == plan_->nbytes()) {
+            return;
+        }
+        ++copying_;
     }
+    const Taken taken;
+    while (!stop.stop_requested() && copy_piece()) {
+    }
+    const double seconds = taken.seconds();
+    const std::lock_guard lock(mutex_);
+    taken_seconds_ += seconds;
+    --copying_;
+    finished_.notify_all();
+}
+
+double CopyJob::taken_seconds() {
+    std::unique_lock lock(mutex_);
+    finished_.wait(lock, [this] { return copying_ == 0; });
+    return taken_seconds_;
+}
+
+void CopyJob::wait() {
+    copy_pieces({});
     std::unique_lock lock(mutex_);
     finished_.wait(lock, [this] { return copied_ == plan_->nbytes(); });
 }
@@ -127,8 +150,7 @@ private:
         while (has_work_.wait(lock, stop, [this] { return !jobs_.empty(); })) {
             const std::shared_ptr<CopyJob> job = jobs_.front();
             lock.unlock();
-            while (!stop.stop_requested() && job->copy_piece()) {
-            }
+            job->copy_pieces(stop);
             lock.lock();
             const auto found = std::find(jobs_.begin(), jobs_.end(), job);
             if (found != jobs_.end()) {

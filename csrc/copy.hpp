@@ -9,6 +9,7 @@
 #include <memory>
 #include <mutex>
 #include <span>
+#include <stop_token>
 #include <vector>
 
 namespace ftrain {
@@ -49,9 +50,13 @@ public:
     // Takes part in the copying, and returns once all of it is done.
     void wait();
 
+    // Processor time that all who copied took from other threads: nearly none where processors idle. Waits for who still copies.
+    double taken_seconds();
+
 private:
     friend class Copier;
-    bool copy_piece();  // false when no piece is left to take
+    void copy_pieces(const std::stop_token& stop);  // until none is left to take, or told to stop
+    bool copy_piece();                              // false when no piece is left to take
 
     mutable std::mutex mutex_;
     std::condition_variable finished_;
@@ -59,6 +64,8 @@ private:
     std::uintptr_t base_;
     std::size_t taken_ = 0;   // bytes that some thread has taken
     std::size_t copied_ = 0;  // bytes that are there
+    unsigned copying_ = 0;    // threads that have not yet said what they took
+    double taken_seconds_ = 0;
 };
 
 // Threads that copy one job after the other. After a fork they are the parent's alone: in the child a job is copied by those

@@ -3,7 +3,6 @@
 
 #include <atomic>
 #include <chrono>
-#include <cstdint>
 #include <optional>
 
 namespace ftrain {
@@ -11,15 +10,29 @@ namespace ftrain {
 // Sleeps until `seconds` (a double: the clock's own would overflow) have passed since `begin`, or until told to stop.
 void sleep_until_due(std::chrono::steady_clock::time_point begin, double seconds, const std::atomic<bool>& stop);
 
+// What the kernel counts of a thread since it began.
+struct Schedule {
+    std::chrono::nanoseconds ran;     // on a processor
+    std::chrono::nanoseconds waited;  // for one, ready to run
+};
+
+// Processor time that one thread, which makes and asks this, takes from others from now on: as much as it has to wait for a processor
+// itself, and no more than it runs. 0 where the kernel does not tell.
+class Taken {
+public:
+    Taken();
+    double seconds() const;
+
+private:
+    std::optional<Schedule> before_;
+};
+
 // Of one thread, which makes and uses it. Niceness alone does not do: a thread of any niceness takes memory's bandwidth and the
 // caches while it runs, and a tenth of a processor is more than training should lose.
 class Courtesy {
 public:
     // `processors_max`: of one processor, how much the thread takes while others wait with it; 0 for no bound.
     explicit Courtesy(double processors_max);
-    ~Courtesy();
-    Courtesy(const Courtesy&) = delete;
-    Courtesy& operator=(const Courtesy&) = delete;
 
     // Between two pieces of work: where the thread waited for longer than it ran, sleeps for as long as it ran too much, or
     // until told to stop.
@@ -27,18 +40,9 @@ public:
 
 private:
     using Clock = std::chrono::steady_clock;
-    using Nanoseconds = std::chrono::nanoseconds;
-
-    struct Schedule {
-        Nanoseconds ran;     // on a processor
-        Nanoseconds waited;  // for one, ready to run
-    };
-
-    std::optional<Schedule> schedule() const;  // none where the kernel does not tell
 
     double processors_max_;
-    int fd_ = -1;
-    Schedule last_{};
+    std::optional<Schedule> last_;
     Clock::time_point since_;
 };
 

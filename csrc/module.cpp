@@ -222,6 +222,7 @@ NB_MODULE(_native, m) {
     m.def("set_child_subreaper", &ftrain::set_child_subreaper, "on"_a);
     m.def("list_gloo_waits", &ftrain::list_gloo_waits);
     m.def("end_gloo_waits", &ftrain::end_gloo_waits, "message"_a, nb::call_guard<nb::gil_scoped_release>());
+    nb::class_<ftrain::Taken>(m, "Taken").def(nb::init<>()).def("seconds", &ftrain::Taken::seconds);
     m.def("wake_politely", &ftrain::wake_politely);
     m.def("leave_sigterm_to_parent", &ftrain::leave_sigterm_to_parent);
 }

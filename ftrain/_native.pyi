@@ -94,6 +94,16 @@ def list_gloo_waits() -> bool:
 def end_gloo_waits(message: str) -> int:
     """Let every wait of gloo for a peer that is under way in this process raise RuntimeError. Returns how many."""
 
+class Taken:
+    """Processor time that one thread takes from others since it made this: none where processors idle.
+
+    As much as it had to wait for a processor itself, and no more than it ran.
+    """
+
+    def __init__(self) -> None: ...
+    def seconds(self) -> float:
+        """To be asked by that thread."""
+
 def wake_politely() -> None:
     """This thread, when it is woken, does not take the processor from who woke it, where the kernel allows that."""
 
@@ -116,6 +126,8 @@ class CopyJob:
     def done(self) -> bool: ...
     def wait(self) -> None:
         """Takes part in the copying, and returns once all is there."""
+    def taken_seconds(self) -> float:
+        """Processor time that all who copied took from other threads. Waits for those that still copy."""
 
 class Copier:
     """Threads that copy one job after the other. In a forked child it has none: a job is copied by who waits for it.

@@ -52,7 +52,7 @@ class Agent:
         self._spec = spec
         self._peers: Peers | None = None
         if spec.peer_copies and not spec.topology.single:
-            self._peers = Peers(hello.run_id, hello.node, secret, self._ranks, self._held, self._keeps)
+            self._peers = Peers(hello.run_id, hello.node, secret, self._ranks, self._held, self._post)
             port = self._peers.open(LOOPBACK if spec.topology.loopback else EVERYWHERE)
             hello = msgspec.structs.replace(hello, peer_port=port)
         self._state = node.State(
@@ -146,9 +146,6 @@ class Agent:
 
     def _held(self) -> Mapping[int, m.Attempt]:
         return self._state.copied
-
-    def _keeps(self, kept: tuple[m.Kept, ...]) -> None:
-        self._post(node.Keeps(kept))
 
     def _heard(self, message: m.FromCoordinator) -> None:
         if isinstance(message, m.Welcome):

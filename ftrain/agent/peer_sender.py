@@ -58,7 +58,10 @@ class _Sent:
 
 
 class Sender:
-    """One for each agent; `ranks` and `held` (slot -> snapshot) say what there is. Lives in one event loop."""
+    """One for each agent; `ranks` and `held` (slot -> snapshot) say what there is. Lives in one event loop.
+
+    `sent` is told of each snapshot how much of a processor sending it took while others wanted it, in seconds.
+    """
 
     def __init__(
         self,
@@ -66,11 +69,13 @@ class Sender:
         greeting: wire.Greet,
         ranks: Callable[[], list[Rank]],
         held: Callable[[], Mapping[int, m.Attempt]],
+        sent: Callable[[float], None],
     ) -> None:
         self._context = context
         self._greeting = greeting
         self._ranks = ranks
         self._held = held
+        self._sent = sent
         self._tasks: set[asyncio.Task[None]] = set()
         self._generation = 0
         self._no_room = False  # the keeper has none for snapshots
@@ -143,7 +148,9 @@ class Sender:
             due = keeping.snapshot_due(sent.snapshot, self._held())
             if due is not None and not self._no_room:
                 sent.snapshot = due[1]
-                await self._send_snapshot(peer, sent, *due)
+                taken = _native.Taken()  # of this whole loop, which meanwhile receives copies as well
+                if await self._send_snapshot(peer, sent, *due):
+                    self._sent(taken.seconds())
             await asyncio.sleep(LOOK_SECONDS)
 
     async def _send_boundaries(self, peer: Wire, sent: _Sent) -> None:
@@ -167,7 +174,8 @@ class Sender:
                 message = wire.Boundary(self._generation, one.rank, step, one.shard, one.replays, checksum)
                 await self._paced(peer, message, data)
 
-    async def _send_snapshot(self, peer: Wire, sent: _Sent, slot: int, attempt: m.Attempt) -> None:
+    async def _send_snapshot(self, peer: Wire, sent: _Sent, slot: int, attempt: m.Attempt) -> bool:
+        """Whether all of it was sent."""
         for one in self._ranks():
             arena = one.memory.arena
             arena.attach()
@@ -178,13 +186,14 @@ class Sender:
             for offset in range(0, len(image) + len(index), wire.CHUNK_BYTES):
                 # Looked at and taken without a wait in between: nobody arms the slot meanwhile.
                 if self._held().get(slot) != attempt:
-                    return  # it is wanted again
+                    return False  # it is wanted again
                 data = wire.chunk_of(image, index, offset)
                 await self._paced(peer, wire.Chunk(offset, _native.crc32c(data)), data)
                 if asyncio.get_running_loop().time() - sent.looked_at >= LOOK_SECONDS:
                     await self._send_boundaries(peer, sent)
                     if self._no_room:
-                        return
+                        return False
+        return True
 
     async def _paced(self, peer: Wire, message: wire.Message, data: wire.Data) -> None:
         now = asyncio.get_running_loop().time()

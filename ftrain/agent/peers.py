@@ -22,6 +22,7 @@ from ftrain.checkpoint.staging.black_box import BlackBox
 from ftrain.control.secret import Secret
 from ftrain.core import messages as m
 from ftrain.core.manifest import INDEX_BYTES_MAX
+from ftrain.core.node import Keeps, Sent
 from ftrain.errors import OutOfMemory, PeerLost, ProtocolError
 
 SILENCE_SECONDS = 10.0  # of a keeper that was asked for something
@@ -31,7 +32,7 @@ FETCHED_SLOT = 0  # where a fetched snapshot lies
 class Peers:
     """One for each agent of a run of several nodes. Lives in one event loop.
 
-    `ranks` and `held` are asked for what there is to be copied, `changed` is told what is kept here.
+    `ranks` and `held` are asked for what there is to be copied, `post` takes what the node is to know of it.
     """
 
     def __init__(
@@ -41,13 +42,13 @@ class Peers:
         secret: Secret,
         ranks: Callable[[], list[Rank]],
         held: Callable[[], Mapping[int, m.Attempt]],
-        changed: Callable[[tuple[m.Kept, ...]], None],
+        post: Callable[[Keeps | Sent], None],
     ) -> None:
         self._greeting = wire.Greet(run_id, node)
         self._context = secret.client_context()
-        self._copies = Copies(changed)
+        self._copies = Copies(lambda kept: post(Keeps(kept)))
         self._keeper = Keeper(run_id, secret, self._copies)
-        self._sender = Sender(self._context, self._greeting, ranks, held)
+        self._sender = Sender(self._context, self._greeting, ranks, held, lambda seconds: post(Sent(seconds)))
         self._generation = 0
 
     def open(self, hosts: Sequence[str]) -> int:

@@ -19,7 +19,8 @@ from ftrain.core.run_state import State
 from ftrain.core.schedule import CheckpointPolicy
 
 SLOTS = 3  # one holds what all go on from, one what is on other nodes or on its way there, one is being filled
-COPY_SECONDS = 10.0  # from one snapshot that is sent to the next
+COPY_SECONDS = 10.0  # from one snapshot that is sent to the next, at the least
+COPY_PARTS = 100  # of that time, sending one may take a processor from training for one in so many
 SPARED_SECONDS = 10.0  # that the one sent before stays while the next one is on its way, at most
 
 
@@ -69,7 +70,7 @@ def next_sent(state: State, now: float) -> m.Attempt | None:
     if copying is not None and _is_of_use(state, copying) and _slots(state) >= SLOTS:
         writing = state.writing
         # Whoever says how often there is a snapshot means that it outlives its node.
-        is_due = not state.policy.checkpoint.snapshot_auto or now >= state.copied_at + COPY_SECONDS
+        is_due = not state.policy.checkpoint.snapshot_auto or now >= state.copied_at + _copy_seconds(state)
         if not is_due and (writing is None or copying.step >= writing.attempt.step):
             return None
         if copying != _safe(state) and _is_held(state, copying):
@@ -130,6 +131,11 @@ def _is_of_use(state: State, attempt: m.Attempt) -> bool:
 def _is_held(state: State, attempt: m.Attempt) -> bool:
     """By the arenas of all nodes, as far as is known."""
     return attempt == state.held or all(attempt in state.report(name).held for name in state.members)
+
+
+def _copy_seconds(state: State) -> float:
+    taken = max((state.report(name).sending_seconds for name in state.members), default=0.0)
+    return max(COPY_SECONDS, COPY_PARTS * taken)
 
 
 def _safe(state: State) -> m.Attempt | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import msgspec
 
-from ftrain.core.messages import ErrorReport, Line, Name, Resume, Text
+from ftrain.core.messages import Cost, ErrorReport, Line, Name, Resume, Text
 
 BOOT_VARIABLE = "FTRAIN_BOOT"
 PACKET_BYTES_MAX = 192 << 10
@@ -89,8 +89,7 @@ class WorkerHalted(msgspec.Struct, frozen=True, tag="halted", tag_field="kind", 
 
 class WorkerSealed(msgspec.Struct, frozen=True, tag="sealed", tag_field="kind", forbid_unknown_fields=True):
     number: int  # of the attempt
-    stall_seconds: float
-    staging_seconds: float = 0.0
+    cost: Cost
 
 
 class WorkerSealFailed(msgspec.Struct, frozen=True, tag="seal_failed", tag_field="kind", forbid_unknown_fields=True):

@@ -39,6 +39,21 @@ class Attempt(msgspec.Struct, frozen=True, order=True, forbid_unknown_fields=Tru
         return f"step {self.step} (generation {self.generation}, attempt {self.number})"
 
 
+class Cost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a snapshot took of a rank."""
+
+    stall_seconds: float = 0.0  # what it held the training thread for
+    staging_seconds: float = 0.0  # from the boundary until it was sealed
+    taken_seconds: float = 0.0  # of processors, by copying, while others wanted them
+
+    def most(self, other: Cost) -> Cost:
+        return Cost(
+            max(self.stall_seconds, other.stall_seconds),
+            max(self.staging_seconds, other.staging_seconds),
+            max(self.taken_seconds, other.taken_seconds),
+        )
+
+
 class ErrorReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """An exception that ended a worker, as the worker itself wrote it down."""
 
@@ -170,6 +185,7 @@ class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     halted: bool = False  # what is alive of that generation stands still, and goes on in a later one or not at all
     held: Annotated[tuple[Attempt, ...], msgspec.Meta(max_length=16)] = ()  # sealed here for all local ranks
     keeps: Annotated[tuple[Kept, ...], msgspec.Meta(max_length=RANKS_PER_NODE_MAX)] = ()  # for another node
+    sending_seconds: float = 0.0  # of a processor, while others wanted it: what sending the newest copy took
 
 
 # ---------------------------------------------------------------------------------------------- agent -> coordinator
@@ -224,8 +240,7 @@ class Sealed(msgspec.Struct, frozen=True, tag="sealed", tag_field="kind", forbid
 
     attempt: Attempt
     ranks: Annotated[tuple[Count, ...], msgspec.Meta(max_length=RANKS_PER_NODE_MAX)]
-    stall_seconds: float = 0.0  # what it held the training thread of a rank for, at most
-    staging_seconds: float = 0.0  # from a rank's boundary until it was sealed, at most
+    cost: Cost = Cost()  # of each kind what it was on the rank where that was most
 
 
 class Prepared(msgspec.Struct, frozen=True, tag="prepared", tag_field="kind", forbid_unknown_fields=True):

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import msgspec
 
-from ftrain.core import keeping, local, node_attempts, node_hangs, node_lease, recovery
+from ftrain.core import keeping, node_attempts, node_hangs, node_lease, node_workers, recovery
 from ftrain.core import messages as m
 from ftrain.core.node_state import (
     Action,
@@ -45,6 +45,7 @@ from ftrain.core.node_state import (
     RevokePages,
     Said,
     Send,
+    Sent,
     SetVerdict,
     Show,
     Signalled,
@@ -97,6 +98,7 @@ __all__ = [
     "RevokePages",
     "Said",
     "Send",
+    "Sent",
     "SetVerdict",
     "Show",
     "Signalled",
@@ -137,9 +139,9 @@ def step(state: State, event: Event, now: float, pages: Pages) -> tuple[State, t
                 turn.worker(rank, pid=pid)
         case WorkerSaid(rank, message):
             if rank in state.workers:
-                _worker_said(turn, rank, message)
+                node_workers.said(turn, rank, message)
         case WorkerExited(exit):
-            _exited(turn, exit)
+            node_workers.exited(turn, exit)
         case Armed():
             node_attempts.armed(turn, event)
         case Disarmed(_, reached):
@@ -156,6 +158,8 @@ def step(state: State, event: Event, now: float, pages: Pages) -> tuple[State, t
                 turn.set(store=None)
         case Keeps(kept):
             _keeps(turn, kept)
+        case Sent(seconds):
+            turn.set(sending_seconds=seconds)
         case Fetched(generation, slot, attempt):
             if generation == state.generation:
                 turn.set(held={slot: attempt})
@@ -260,10 +264,10 @@ def _start(turn: Turn, start: m.Start) -> None:
         return
     ranks = range(start.first_rank, start.first_rank + state.hello.processes)
     # A survivor that died since says so in the report of the generation that it was to go on in.
-    workers = {rank: _going_on(worker, start.generation) for rank, worker in survivors.items()}
+    workers = {rank: node_workers.going_on(worker, start.generation) for rank, worker in survivors.items()}
     for place, rank in enumerate(ranks):
         if rank not in workers:
-            workers[rank] = _successor(Worker(rank, place, start.generation), state, start)
+            workers[rank] = node_workers.successor(Worker(rank, place, start.generation), state, start)
     turn.set(
         generation=start.generation,
         start=start,
@@ -297,18 +301,6 @@ def _keeps(turn: Turn, kept: tuple[m.Kept, ...]) -> None:
         is_awaited = not keeping.snapshots_of_all(kept) <= keeping.snapshots_of_all(before)  # the next one may be sent
     if is_awaited:
         turn.changed()
-
-
-def _going_on(worker: Worker, generation: int) -> Worker:
-    # One that was told to end, by an order that came late, ended all the same when it was to go on.
-    exit = msgspec.structs.replace(worker.exit, ordered=False) if worker.exit is not None else None
-    return replace(worker, generation=generation, looping=None, halted=None, at_end=False, exit=exit)
-
-
-def _successor(worker: Worker, state: State, start: m.Start) -> Worker:
-    """In place it takes over the very part that the one before it had."""
-    before = state.workers.get(worker.rank) if start.line is not None else None
-    return replace(worker, shard=before.shard, replays=before.replays) if before is not None else worker
 
 
 def _halt(turn: Turn, generation: int) -> None:
@@ -359,72 +351,6 @@ def _stop(turn: Turn, generation: int, grace: float) -> None:
     else:
         return  # it was told before, and an answer would have it told again
     turn.changed()
-
-
-# ------------------------------------------------------------------------------------------------------- the workers
-
-
-def _worker_said(turn: Turn, rank: int, message: local.FromWorker) -> None:
-    state = turn.state
-    snapshot = state.snapshot
-    match message:
-        case local.WorkerJoined():
-            turn.worker(rank, joined=True)
-        case local.WorkerLooping():
-            if message.generation not in (0, state.generation):
-                return  # it was revoked since
-            turn.worker(rank, looping=message, looped=True)
-            if all(worker.looping for worker in turn.state.workers.values()):
-                turn.changed()
-        case local.WorkerPlanned(shard, replays, slots):
-            turn.worker(rank, shard=shard, replays=replays, slots=slots)
-        case local.WorkerHalted(generation):
-            if generation == state.workers[rank].generation:
-                turn.worker(rank, halted=message, looping=None)
-                if not state.halting or all(worker.halted for worker in turn.state.alive):
-                    turn.changed()
-        case local.WorkerAtEnd():
-            turn.worker(rank, at_end=True)
-            if all(worker.at_end for worker in turn.state.workers.values()):
-                turn.changed()
-        case local.WorkerSealed(number, stall_seconds, staging_seconds):
-            turn.worker(rank, stall_seconds=stall_seconds, staging_seconds=staging_seconds)
-            node_attempts.unfill(turn, rank)
-            if snapshot is not None and snapshot.attempt.number == number and rank not in snapshot.sealed:
-                node_attempts.sealed(turn, snapshot, rank)
-        case local.WorkerSealFailed(number, cause):
-            node_attempts.unfill(turn, rank)
-            if snapshot is not None and snapshot.attempt.number == number:
-                node_attempts.fail(turn, snapshot, rank, cause)
-        case local.WorkerMetrics(done, values):
-            turn.send(m.Metrics(state.generation, done, values))
-        case local.WorkerError(error):
-            turn.worker(rank, error=error)
-
-
-def _exited(turn: Turn, exit: m.RankExit) -> None:
-    worker = turn.state.workers.get(exit.rank)
-    if worker is None or worker.pid != exit.pid or worker.exit is not None:
-        return
-    ordered = turn.state.stopping or worker.killed
-    turn.worker(exit.rank, exit=_with(exit, worker, ordered))
-    node_attempts.unfill(turn, exit.rank)
-    turn.changed()
-
-
-def _with(exit: m.RankExit, worker: Worker, ordered: bool) -> m.RankExit:
-    # An exception that was under way when the order came is still the worker's own.
-    error = worker.error or exit.error
-    own = error is not None and error.unix_seconds > 0 and not exit.signal
-    return msgspec.structs.replace(
-        exit,
-        error=error,
-        unix_seconds=error.unix_seconds if error is not None and error.unix_seconds else exit.unix_seconds,
-        ordered=ordered and not own,
-        shard=worker.shard,
-        replays=worker.replays,
-        hang=worker.hung if exit.signal and not own else None,
-    )
 
 
 # ---------------------------------------------------------------------------------------------------- time and leaving

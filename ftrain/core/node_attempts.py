@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
 
 from ftrain.core import messages as m
 from ftrain.core.node_state import (
@@ -167,10 +167,8 @@ def _is_sealed(state: State, snapshot: Snapshot) -> bool:
 
 
 def _sealed(state: State, snapshot: Snapshot) -> m.Sealed:
-    workers = state.workers.values()
-    stall = max(worker.stall_seconds for worker in workers)
-    staging = max(worker.staging_seconds for worker in workers)
-    return m.Sealed(snapshot.attempt, tuple(state.workers), stall, staging)
+    costs = (worker.cost for worker in state.workers.values())
+    return m.Sealed(snapshot.attempt, tuple(state.workers), reduce(m.Cost.most, costs))
 
 
 def unfill(turn: Turn, rank: int) -> None:

@@ -28,8 +28,7 @@ class Worker:
     shard: str = ""
     replays: bool = False
     at_end: bool = False
-    stall_seconds: float = 0.0  # of the newest snapshot
-    staging_seconds: float = 0.0
+    cost: m.Cost = m.Cost()  # of the newest snapshot
     slots: int = 0  # of its arena, 0 until it has memory for snapshots
     error: m.ErrorReport | None = None
     killed: bool = False  # by its agent: how it ends says nothing
@@ -79,6 +78,7 @@ class State(msgspec.Struct, frozen=True):  # not a dataclass: it is replaced man
     held: Mapping[int, m.Attempt] = {}  # slot -> the snapshot that is sealed in it for all local ranks
     copied: Mapping[int, m.Attempt] = {}  # those of them that a keeper is to have
     keeps: tuple[m.Kept, ...] = ()  # for another node
+    sending_seconds: float = 0.0  # as `messages.Report` has it
     attempt_seen: int = 0
     committed: int = 0  # the step of the newest commit that this node has heard of, 0 for none
     # Ranks that may still write the snapshot of a dead attempt: rank -> (that attempt's step, slot).
@@ -191,6 +191,13 @@ class Keeps:
 
 
 @dataclass(frozen=True, slots=True)
+class Sent:
+    """A snapshot has gone to this node's keeper."""
+
+    seconds: float  # of a processor, while others wanted it
+
+
+@dataclass(frozen=True, slots=True)
 class Fetched:
     """The snapshot that the generation goes on from has come from another node, into this slot of each rank."""
 
@@ -239,6 +246,7 @@ Event = (
     | StoreUp
     | StoreDown
     | Keeps
+    | Sent
     | Fetched
     | Signalled
     | Looked
@@ -437,6 +445,7 @@ def report(state: State, pages: Pages) -> m.Report:
         halted=state.halting and bool(alive) and all(worker.halted for worker in alive),
         held=tuple(sorted(state.held.values())),
         keeps=state.keeps,
+        sending_seconds=state.sending_seconds,
     )
 
 
@@ -449,7 +458,7 @@ def _running(worker: Worker, step: int, phase: int, watch: Watch | None) -> m.Ru
         step,
         phase,
         worker.joined,
-        worker.stall_seconds,
+        worker.cost.stall_seconds,
         worker.looped,
         halted is not None,
         halted.live if halted is not None else -1,

@@ -72,7 +72,7 @@ def propose(turn: Turn) -> None:
         stays,
         deadline=turn.now + state.policy.checkpoint.attempt_seconds,
     )
-    turn.set(barrier=barrier, attempts=number, cost=schedule.Cost())
+    turn.set(barrier=barrier, attempts=number, cost=m.Cost())
     metrics.begin(turn)
     turn.to_members(arm(turn.state, barrier))
 
@@ -218,7 +218,7 @@ def message(turn: Turn, node: str, event: m.ArmReply | m.Sealed | m.Prepared | m
             feed(turn, event.attempt, commit.Refused(node, event.step, event.reason))
         case m.Sealed():
             if state.barrier is not None and event.attempt == state.barrier.attempt:
-                turn.set(cost=state.cost.most(schedule.Cost(event.stall_seconds, event.staging_seconds)))
+                turn.set(cost=state.cost.most(event.cost))
             feed(turn, event.attempt, commit.RanksSealed(frozenset(event.ranks)))
         case m.Prepared(pack=pack):
             base = _base(state)

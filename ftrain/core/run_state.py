@@ -11,7 +11,7 @@ from enum import Enum
 
 import msgspec
 
-from ftrain.core import commit, journal, schedule
+from ftrain.core import commit, journal
 from ftrain.core import messages as m
 from ftrain.core.journal import History
 from ftrain.core.membership import FormationPolicy, Generation, Node
@@ -91,7 +91,7 @@ class State(msgspec.Struct, frozen=True):  # not a dataclass: it is replaced man
     held: m.Attempt | None = None  # the newest snapshot that all ranks have sealed, as far as arenas have it still
     copying: m.Attempt | None = None  # the newest of those that other nodes are sent
     copied_at: float = 0.0  # when that was sealed
-    cost: schedule.Cost = schedule.Cost()  # of the snapshot that is being taken, on the rank where it was dearest
+    cost: m.Cost = m.Cost()  # of the snapshot that is being taken, on the rank where it was dearest
     cadence: Cadence = Cadence()
     logged: Mapping[str, m.Logged] = {}  # each metric's newest value, at the step of the snapshot that is being taken
     logged_after: Mapping[str, m.Logged] = {}  # what came of later steps meanwhile

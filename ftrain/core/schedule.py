@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ftrain.core.messages import Cost
 from ftrain.core.retention import RetentionPolicy
 
 LOOKAHEAD, LOOKAHEAD_MAX = 2, 1 << 16  # steps
 LOOKAHEAD_LESS = 8  # one of so many parts
 FAILED_PAUSES_SECONDS = (1.0, 5.0, 20.0, 60.0)
-STALL_PARTS = 100  # of the time between two snapshots, one may hold training for one in so many
+STALL_PARTS = 100  # of the time between two snapshots, one may hold or slow training for one in so many
 STAGING_PARTS = 4  # and be copied for one in so many
 PACE_SECONDS_MIN = 0.2
 
@@ -43,17 +44,6 @@ class CheckpointPolicy:
     def snapshots(self) -> bool:
         """Snapshots are kept in memory between commits."""
         return bool(self.snapshot_steps or self.snapshot_seconds)
-
-
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """What a snapshot took of one rank."""
-
-    stall_seconds: float = 0.0  # of its training thread
-    staging_seconds: float = 0.0  # from its boundary until it was sealed
-
-    def most(self, other: Cost) -> Cost:
-        return Cost(max(self.stall_seconds, other.stall_seconds), max(self.staging_seconds, other.staging_seconds))
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +138,8 @@ def after_failure(cadence: Cadence, now: float, cause: str, last: bool = False, 
 
 def paced(cadence: Cadence, cost: Cost) -> Cadence:
     """A snapshot cost so much: by how it was on the whole, so that a single slow one is no rule."""
-    wanted = max(STALL_PARTS * cost.stall_seconds, STAGING_PARTS * cost.staging_seconds, PACE_SECONDS_MIN)
+    held = cost.stall_seconds + cost.taken_seconds
+    wanted = max(STALL_PARTS * held, STAGING_PARTS * cost.staging_seconds, PACE_SECONDS_MIN)
     return replace(cadence, pace_seconds=(cadence.pace_seconds + wanted) / 2)
 
 

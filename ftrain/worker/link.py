@@ -19,7 +19,7 @@ from ftrain.checkpoint.staging.arena import Arena
 from ftrain.checkpoint.staging.black_box import BlackBox
 from ftrain.core import local
 from ftrain.core.local import BOOT_VARIABLE, PACKET_BYTES_MAX, Boot, FromWorker, Recover, ToWorker, WorkerMetrics
-from ftrain.core.messages import Attempt
+from ftrain.core.messages import Attempt, Cost
 from ftrain.core.page import NO_STEP, RECENT_NS, Collective, Field, Phase, verdict_on
 from ftrain.errors import PeerLost, Preempted, ProtocolError, Unavailable
 
@@ -112,10 +112,10 @@ class Link:
         """Whether the attempt is still wanted."""
         return self.page.load(Field.ARMED) == attempt.step and self.page.load(Field.ARMED_ATTEMPT) == attempt.number
 
-    def sealed(self, number: int, stall_seconds: float, staging_seconds: float) -> None:
-        self.page.store(Field.STALL_NS, int(stall_seconds * 1e9))
+    def sealed(self, number: int, cost: Cost) -> None:
+        self.page.store(Field.STALL_NS, int(cost.stall_seconds * 1e9))
         self.page.store(Field.SEALED, number)
-        self.say(local.WorkerSealed(number, stall_seconds, staging_seconds))
+        self.say(local.WorkerSealed(number, cost))
 
     def not_sealed(self, number: int, cause: str) -> None:
         self.page.store(Field.FAILED_ATTEMPT, number)

@@ -28,6 +28,7 @@ from ftrain.checkpoint.snapshot import Snapshotter
 from ftrain.checkpoint.staging.stage import Staging
 from ftrain.checkpoint.state.items import TensorItem
 from ftrain.core import local
+from ftrain.core.messages import Cost
 from ftrain.errors import MismatchedState, PeerLost, Unavailable
 from ftrain.worker.link import Armed, Link
 from ftrain.worker.patience import wait_for
@@ -138,7 +139,8 @@ class Snapshots:
             self._failed(armed.attempt.number, error)
         else:
             waited = staging.stall_seconds - staging.boundary_seconds
-            self._link.sealed(armed.attempt.number, boundary_seconds + waited, time.monotonic() - began)
+            cost = Cost(boundary_seconds + waited, time.monotonic() - began, staging.taken_seconds())
+            self._link.sealed(armed.attempt.number, cost)
 
     def _failed(self, number: int, error: Exception) -> None:
         self._link.not_sealed(number, f"{type(error).__name__}: {error}")

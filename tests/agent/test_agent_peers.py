@@ -20,6 +20,7 @@ from ftrain.agent.workers import RankMemory
 from ftrain.checkpoint.staging.arena import Arena
 from ftrain.control.secret import Secret
 from ftrain.core import messages as m
+from ftrain.core.node import Keeps, Sent
 from ftrain.errors import PeerLost
 
 SECRET, OTHER_SECRET = Secret.create(), Secret.create()
@@ -44,11 +45,15 @@ class Node:
         self.ranks: list[Rank] = []
         self.held: Mapping[int, m.Attempt] = {}
         self.kept: dict[int, m.Kept] = {}
-        self.peers = Peers(run_id, name, secret, lambda: self.ranks, lambda: self.held, self._keeps)
+        self.sent: list[float] = []  # what each snapshot took of a processor
+        self.peers = Peers(run_id, name, secret, lambda: self.ranks, lambda: self.held, self._post)
         self.port = self.peers.open((ADDRESS,))
 
-    def _keeps(self, kept: tuple[m.Kept, ...]) -> None:
-        self.kept = {one.rank: one for one in kept}
+    def _post(self, event: Keeps | Sent) -> None:
+        if isinstance(event, Keeps):
+            self.kept = {one.rank: one for one in event.kept}
+        else:
+            self.sent.append(event.seconds)
 
     @property
     def peer(self) -> m.Peer:
@@ -203,6 +208,8 @@ async def test_slot_that_is_wanted_again_ends_its_copy_and_the_next_one_is_taken
         own.seal(1, NINE)
         await until(lambda: keeper.attempts(2) == keeper.attempts(3) == (NINE,))
         assert asked == 3
+        await until(lambda: own.sent)
+        assert len(own.sent) == 1, "what half a copy takes says nothing of a whole one"
 
 
 async def test_snapshot_whose_connection_was_cut_is_not_kept_and_can_come_again() -> None:

@@ -11,7 +11,8 @@ import pytest
 from ftrain.core import copying, run_state, schedule
 from ftrain.core import messages as m
 from ftrain.core.layout import Mesh, TensorSpec
-from ftrain.core.schedule import Cadence, CheckpointPolicy, Cost
+from ftrain.core.messages import Cost
+from ftrain.core.schedule import Cadence, CheckpointPolicy
 from ftrain.core.write_plan import has_only_replicas
 from tests.core import scene as scenes
 
@@ -22,6 +23,8 @@ PACE = schedule.PACE_SECONDS_MIN
 
 class Scene(scenes.Scene):
     """Two nodes of one rank each, a step each second, whose ranks and keepers say what they have."""
+
+    sending_seconds = 0.0  # of a processor, that a copy took of each node
 
     def __init__(
         self, shards: Sequence[str] = "xy", slots: int = 3, peer_port: int = 7, policy: CheckpointPolicy = AUTO
@@ -46,6 +49,7 @@ class Scene(scenes.Scene):
         rank = m.RunningRank(own, 0, 7, step, 3, True, looped=True, shard=self.shards[own], slots=self.slots)
         keeps = (m.Kept(1 - own, attempts=self.kept, shard=self.shards[1 - own]),)
         held = tuple(sorted(self.held))
+        fields |= {"sending_seconds": self.sending_seconds}
         return self.report(node, ranks=(rank,), looping=True, first_step=0, held=held, keeps=keeps, **fields)
 
     def next_step(self, seconds: float = 1.0) -> list[str]:
@@ -64,7 +68,7 @@ class Scene(scenes.Scene):
             self.next_step()
         self.held = (*(one for one in self.held if one in sent.stays), attempt)
         for rank, node in enumerate(scenes.NODES):
-            self.say(node, m.Sealed(attempt, (rank,), seconds / 100, seconds))
+            self.say(node, m.Sealed(attempt, (rank,), Cost(seconds / 100, seconds)))
         return sent
 
     def until_sent(self) -> m.Attempt:
@@ -123,6 +127,13 @@ def test_snapshots_that_cost_much_are_less_frequent() -> None:
     assert stalls.pace_seconds == pytest.approx(5.0)
 
 
+def test_copying_with_processors_that_training_wants_counts_as_a_stall() -> None:
+    idle = schedule.paced(Cadence(pace_seconds=1.0), Cost(0.001, 0.1, 0.0))
+    wanted = schedule.paced(Cadence(pace_seconds=1.0), Cost(0.001, 0.1, 0.1))
+    assert idle.pace_seconds == pytest.approx((1.0 + 0.4) / 2)
+    assert wanted.pace_seconds == pytest.approx((1.0 + 10.1) / 2)
+
+
 def test_one_slow_snapshot_is_no_rule() -> None:
     cadence = schedule.paced(Cadence(), Cost(0.0, 2.0))
     assert cadence.pace_seconds == pytest.approx((PACE + 8.0) / 2)
@@ -142,6 +153,13 @@ def test_one_snapshot_at_a_time_goes_to_other_nodes_and_stays_meanwhile() -> Non
     scene.kept = (first.attempt,)
     newest = first.attempt.step + copying.COPY_SECONDS - 1
     assert scene.until_sent().step == newest, "a step takes a second, and the one that is under way is not sealed"
+
+
+def test_copies_that_take_processors_from_training_are_sent_for_a_hundredth_of_its_time() -> None:
+    scene = Scene()
+    first = scene.snapshot().attempt
+    scene.kept, scene.sending_seconds = (first,), 0.3
+    assert scene.until_sent().step == first.step + 30 - 1
 
 
 def test_snapshot_that_is_safe_on_other_nodes_stays_until_the_next_one_is() -> None:

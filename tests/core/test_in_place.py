@@ -352,7 +352,7 @@ def test_slot_that_the_run_would_go_on_from_is_not_filled_again() -> None:
     assert scene.say(m.Arm(1, first, persist=False)) == ["arm 4 slot 0"]
     scene.do(node.Armed(first, True, 1))
     for rank, said in ((2, []), (3, ["say Sealed"])):
-        assert scene.do(node.WorkerSaid(rank, local.WorkerSealed(1, 0.0))) == said
+        assert scene.do(node.WorkerSaid(rank, local.WorkerSealed(1, m.Cost(0.0)))) == said
     assert node.report(scene.state, scene.pages).held == (first,)
     second, third = m.Attempt(1, 6, 2), m.Attempt(1, 8, 3)
     assert scene.say(m.Arm(1, second, persist=False, stays=(first,))) == ["arm 6 slot 1"]
@@ -363,7 +363,7 @@ def test_slot_that_the_run_would_go_on_from_is_not_filled_again() -> None:
 def test_attempt_of_the_generation_before_is_still_persisted() -> None:
     scene = test_node.Scene().armed()
     for rank in (2, 3):
-        scene.do(node.WorkerSaid(rank, local.WorkerSealed(1, 0.0)))
+        scene.do(node.WorkerSaid(rank, local.WorkerSealed(1, m.Cost(0.0))))
     survivors(scene)
     scene.say(in_place(2, 3))
     assert "say Prepared" in scene.do(node.Persisted(ATTEMPT, test_node.pack(2)))

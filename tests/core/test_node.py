@@ -108,27 +108,29 @@ def test_snapshot_is_persisted_and_every_step_of_it_reported() -> None:
     scene = Scene().looping()
     assert scene.say(m.Arm(1, ATTEMPT)) == ["arm 10 slot 0"]
     assert scene.do(node.Armed(ATTEMPT, True, 4)) == ["say ArmReply True 4"]
-    first, last = (node.WorkerSaid(rank, local.WorkerSealed(1, rank / 100, 0.5)) for rank in (2, 3))
+    costs = {2: m.Cost(0.02, 0.5, 0.01), 3: m.Cost(0.03, 0.5, 0.005)}
+    first, last = (node.WorkerSaid(rank, local.WorkerSealed(1, cost)) for rank, cost in costs.items())
     assert scene.do(first) == ["persist 10 rank 2 slot 0"]
     assert scene.do(first) == []
     assert scene.do(last) == ["say Sealed", "persist 10 rank 3 slot 0"]
     assert scene.do(last) == []
     (said,) = [one for one in scene.said if isinstance(one, m.Sealed)]
-    assert said == m.Sealed(ATTEMPT, (2, 3), 0.03, 0.5), "all ranks in one message, with the most that it cost any"
+    most = m.Cost(0.03, 0.5, 0.01)
+    assert said == m.Sealed(ATTEMPT, (2, 3), most), "all ranks in one message, with the most that it cost any"
     assert scene.do(node.Persisted(ATTEMPT, pack(2))) == ["say Prepared"]
 
 
 def test_heartbeat_says_again_what_the_attempt_has_come_to() -> None:
     scene = Scene().armed()
-    scene.do(node.WorkerSaid(2, local.WorkerSealed(1, 0.01)), node.Persisted(ATTEMPT, pack(2)))
+    scene.do(node.WorkerSaid(2, local.WorkerSealed(1, m.Cost(0.01))), node.Persisted(ATTEMPT, pack(2)))
     assert scene.do(node.Beat()) == ["say Heartbeat", "say ArmReply True -1", "say Prepared"]
-    scene.do(node.WorkerSaid(3, local.WorkerSealed(1, 0.01)))
+    scene.do(node.WorkerSaid(3, local.WorkerSealed(1, m.Cost(0.01))))
     assert scene.do(node.Beat()) == ["say Heartbeat", "say ArmReply True -1", "say Sealed", "say Prepared"]
 
 
 def test_heartbeat_says_again_that_the_attempt_failed_here() -> None:
     scene = Scene().armed()
-    scene.do(node.WorkerSaid(2, local.WorkerSealed(1, 0.01)))
+    scene.do(node.WorkerSaid(2, local.WorkerSealed(1, m.Cost(0.01))))
     assert scene.do(node.PersistFailed(ATTEMPT, 2, "disk full")) == ["say AttemptFailed"]
     assert scene.do(node.Beat())[-1] == "say AttemptFailed"
 
@@ -147,7 +149,7 @@ def test_worker_that_is_not_in_its_loop_refuses_the_snapshot() -> None:
 
 def test_slot_that_is_being_written_is_not_given_out_again() -> None:
     scene = Scene().armed()
-    scene.do(node.WorkerSaid(2, local.WorkerSealed(1, 0.01)))
+    scene.do(node.WorkerSaid(2, local.WorkerSealed(1, m.Cost(0.01))))
     assert scene.say(m.Abort(1, ATTEMPT, "rank 3 died")) == ["DisarmPages", "CancelPersist"]
     assert scene.say(m.Arm(1, m.Attempt(1, 20, 2))) == ["arm 20 slot 1"]
 

@@ -27,7 +27,7 @@ FROM_AGENT: list[m.FromAgent] = [
     m.StoreReady(1, "::1", 4712),
     m.Changed(REPORT),
     m.ArmReply(ATTEMPT, False, 21, "too late"),
-    m.Sealed(ATTEMPT, (1, 2)),
+    m.Sealed(ATTEMPT, (1, 2), m.Cost(0.001, 0.1, 0.01)),
     m.Prepared(ATTEMPT, PACK),
     m.AttemptFailed(ATTEMPT, 1, "the disk is full"),
     m.Notice("SIGTERM", 30.0),

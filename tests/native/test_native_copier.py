@@ -1,4 +1,4 @@
-"""Copies in threads of their own: what arrives, who may wait, and what becomes of them when their copier goes."""
+"""Copies in threads of their own: what arrives, who may wait, what they take, and what becomes without a copier."""
 
 from __future__ import annotations
 
@@ -185,3 +185,37 @@ def test_process_ends_whatever_becomes_of_its_copier(program: str) -> None:
         [sys.executable, "-c", BEGIN + program], check=False, capture_output=True, text=True, timeout=120
     )
     assert (done.returncode, done.stdout) == (0, "ended\n"), done.stderr
+
+
+def test_time_taken_from_others_is_what_was_waited_for_a_processor() -> None:
+    """One processor, and another process that never lets go of it: the copying threads wait half of the time."""
+    script = """
+import ctypes, os, sys, time
+from ftrain._native import Copier, CopyPlan, Taken
+from array import array
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+parent = os.getpid()
+other = os.fork()
+if not other:
+    while os.getppid() == parent:
+        pass
+    os._exit(0)
+try:
+    taken, began = Taken(), time.thread_time()
+    while time.thread_time() - began < 0.2:
+        pass
+    own, ran = taken.seconds(), time.thread_time() - began
+    source, target = bytearray(256 << 20), bytearray(256 << 20)
+    address = lambda data: ctypes.addressof(ctypes.c_char.from_buffer(data))
+    plan = CopyPlan(array("Q", [0]), array("Q", [address(source)]), array("Q", [len(source)]))
+    job = Copier(1).begin(plan, address(target))
+    job.wait()
+    print(own, ran, job.taken_seconds())
+finally:
+    os.kill(other, 9)
+    os.waitpid(other, 0)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    own, ran, copying = map(float, done.stdout.split())
+    assert 0.05 < own <= ran * 1.01
+    assert copying > 0

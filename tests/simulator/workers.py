@@ -319,7 +319,7 @@ class Worker:
         if self.world.seal_fails():
             self.say(local.WorkerSealFailed(number, "a tensor could not be copied"))
         else:
-            self.say(local.WorkerSealed(number, 0.0, 0.05))
+            self.say(local.WorkerSealed(number, m.Cost(0.0, 0.05)))
         if self.halting:
             self.page.phase = Phase.BOUNDARY
             self.halt(self.generation)

@@ -145,6 +145,10 @@ class Staging:
         began = self._wait_began
         return self.boundary_seconds + self._waited + (time.perf_counter() - began if began else 0.0)
 
+    def taken_seconds(self) -> float:
+        """Processor time that copying took from others, once it is finished: nearly none where processors idle."""
+        return self.job.taken_seconds() if self.job is not None else 0.0
+
     def watch(self, counted: bytes | None = None) -> None:
         """From here on what is copied late must not change. May be called when the copies have begun already.
 
