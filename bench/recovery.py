@@ -3,7 +3,8 @@
 Measured from SIGKILL of the last rank to the moment when every rank, their number full again, has finished a step that
 no rank had finished before the kill; the steps that are done again are part of that time. Each kill comes at another
 moment of a step and at another distance from a checkpoint. Two launchers on this host are two nodes. Instead of a kill
-it may be SIGSTOP, or the loss of the last rank's whole node (`--hurt`).
+it may be SIGSTOP, the loss of the last rank's whole node, or a cut of its link (`--hurt`): then each node has a network
+namespace of its own, the link is healed after each recovery, and the node that was cut off is the next one's spare.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ def measure(names: list[str], args: argparse.Namespace, directory: Path) -> dict
                     recovery = job.hurt_last_rank(phase=kill % args.checkpoint_every, into=kill * SPREAD % 1)
                     print(f"{name}: {recovery} (load {os.getloadavg()[0]:.1f})", flush=True)
                     found[name].back.append(recovery)
+                    job.mend()
             except NotBackError as error:
                 found[name].in_vain += job.is_hurt
                 print(f"{name}: {error}", flush=True)
@@ -191,7 +193,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="kills under each launcher; 0 with --verify alone")
     parser.add_argument("--kills", type=int, default=2, help="of them in one run, before the launchers take turns")
     parser.add_argument(
-        "--hurt", choices=tuple(HURTS), default="kill", help="the last rank, or its node where a spare one waits"
+        "--hurt",
+        choices=tuple(HURTS),
+        default="kill",
+        help="the last rank, or its node, or that node's link, where a spare waits",
     )
     parser.add_argument("--verify", action="store_true", help="compare final parameters too: two more runs of each")
     parser.add_argument(

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
-from launchers.job import Finished, Job, endpoint
+from launchers.job import CUTS, Finished, Job, endpoint
 
+sys.path.append(str(Path(__file__).parents[2]))  # behind all else, for the tests' network
+
+from tests.recovery.namespaces import BOTH, Network, Way, lacking
+
+LINKS = dict(zip(CUTS, (BOTH, (Way.SENDS,), (Way.HEARS,)), strict=True))
 FTRAIN = [sys.executable, "-m", "ftrain.cli.main"]
 
 
@@ -17,16 +24,23 @@ class Ftrain(Job):
     name = "ftrain"
     branch = "ftrain"
     package = "ftrain"
-    hurts = ("kill", "stop", "node")
+    hurts = ("kill", "stop", "node", "link", "link-sends", "link-hears")
+    _network: Network | None = None  # of a host for each node and the spare one, where links are cut
+
+    @classmethod
+    def why_left_out(cls, args: argparse.Namespace) -> str | None:
+        return super().why_left_out(args) or (args.hurt in LINKS and lacking()) or None
 
     def prepare(self) -> None:
         super().prepare()
+        if self.args.hurt in LINKS:
+            self._network = Network(self.args.nodes + 1).__enter__()
         subprocess.run([*FTRAIN, "secret", str(self.path / "secret")], check=True, capture_output=True)
 
     def commands(self) -> list[list[str]]:
         where = [
             "--rdzv-endpoint",
-            endpoint(),
+            f"{self._network.host_name(0)}:29400" if self._network is not None else endpoint(),
             "--run-dir",
             str(self.path / "run"),
             "--secret",
@@ -34,6 +48,23 @@ class Ftrain(Job):
         ]
         common = [*FTRAIN, "launch", *self.size_flags(), *where, *self.saving_flags()]
         return [[*common, "--node-rank", str(node)] for node in range(self.args.nodes)]
+
+    def placed(self, index: int, command: list[str]) -> list[str]:
+        return self._network.inside(index, command) if self._network is not None else command
+
+    def cut(self, index: int) -> None:
+        assert self._network is not None
+        self._cut = index
+        self._network.cut(index, LINKS[self.args.hurt])
+
+    def heal(self) -> None:
+        assert self._network is not None
+        self._network.heal(self._cut)
+
+    def stop(self) -> None:
+        super().stop()
+        if self._network is not None:
+            self._network.remove()
 
     def spare_of(self, command: list[str]) -> list[str]:
         return command[: command.index("--node-rank")]  # it asks for no place of its own

@@ -24,7 +24,16 @@ import psutil
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 PATIENCE_SECONDS = 90.0
-HURTS = {"kill": "kill", "stop": "stop", "node": "loss of the node"}  # as a table names them
+HURTS = {  # as a table names them
+    "kill": "kill",
+    "stop": "stop",
+    "node": "loss of the node",
+    "link": "cut of the node's link",
+    "link-sends": "cut of the node's link one way",
+    "link-hears": "cut of the node's link the other way",
+}
+CUTS = ("link", "link-sends", "link-hears")
+WITH_A_SPARE = ("node", *CUTS)  # another launcher waits to take the node's place
 SPARE_SECONDS = 10.0  # for a spare launcher, to be there and idle
 LOOK_SECONDS = 0.02  # at what the script wrote, which has the times: looking takes time from it
 SETTLE_SECONDS = 4.0  # of steps by all ranks before a kill, and then
@@ -104,6 +113,11 @@ class Job(ABC):
         """Make the folder, and what the launchers need before they start."""
         self.path.mkdir()
 
+    def placed(self, index: int, command: list[str]) -> list[str]:
+        """The command that runs this one, of the launcher of that number, where it belongs."""
+        del index
+        return command
+
     def environment(self, index: int) -> dict[str, str]:
         """What the launcher of that number has besides the benchmark's own environment."""
         del index
@@ -149,7 +163,7 @@ class Job(ABC):
         commands = self.commands()
         for command in commands:
             self._start_node(command)
-        if self.args.hurt == "node":
+        if self.args.hurt in WITH_A_SPARE:
             # Not before: who comes first is a member.
             self.wait(lambda: all(map(self.lines, range(self.world_size))), "a first step of each rank")
             self._start_node(self.spare_of(commands[0]))
@@ -159,7 +173,7 @@ class Job(ABC):
         script = [str(SCRIPTS / "small_gpt.py"), self.branch, *self.script_flags()]
         index = len(self.nodes)
         output = self.path / f"output-{index}.txt"
-        self.nodes.append(self.popen([*command, *script], output, self.environment(index)))
+        self.nodes.append(self.popen(self.placed(index, [*command, *script]), output, self.environment(index)))
 
     def popen(self, command: list[str], output: Path, more: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
         environment = {**os.environ, "FTRAIN_BENCH_MARK": self._mark, "OMP_NUM_THREADS": "1", **(more or {})}
@@ -229,11 +243,29 @@ class Job(ABC):
         ends = [line.at for line in self.lines(0)][-SETTLE_STEPS:]
         return statistics.median(b - a for a, b in itertools.pairwise(ends))
 
+    def cut(self, index: int) -> None:
+        """Cut the link of the launcher of that number."""
+        raise NotImplementedError(index)
+
+    def heal(self) -> None:
+        """Undo the cut."""
+        raise NotImplementedError
+
+    def mend(self) -> None:
+        """After a recovery: what was cut off takes the place of the spare that took its own."""
+        if self.args.hurt in CUTS:
+            self.heal()
+            time.sleep(SPARE_SECONDS)
+
     def _hurt(self, victim: int) -> None:
         self.is_hurt = True
-        if self.args.hurt == "node":
+        if self.args.hurt in WITH_A_SPARE:
             above = {process.pid for process in psutil.Process(victim).parents()}
-            self._lost = next(node for node in self.nodes if node.pid in above)  # it may be the one started as a spare
+            index = next(index for index, node in enumerate(self.nodes) if node.pid in above)  # maybe the spare's
+            if self.args.hurt != "node":
+                self.cut(index)
+                return
+            self._lost = self.nodes[index]
             self._lost.kill()
         os.kill(victim, signal.SIGSTOP if self.args.hurt == "stop" else signal.SIGKILL)
 
