@@ -182,6 +182,8 @@ class Agent:
             if self._state.workers and self._state.all_looping:
                 pids = tuple(one.pid for one in self._state.alive)
                 self._nursery.working(self._state.generation, pids, store=bool(self._stores))
+            elif not self._state.alive:
+                self._nursery.waiting()
 
     def _look(self, worker: WorkerProcess) -> Look:
         state, watched = activity.state(worker.pid), self._state.watches.get(worker.rank)

@@ -24,6 +24,8 @@ log = logging.getLogger("ftrain")
 _REPLY = msgspec.json.Decoder(nursery.Ready | nursery.Forked | nursery.Ended)
 SEND_BUFFER_BYTES = 4 << 20
 SPARES_AFTER_SECONDS = 0.5  # of work in which nothing failed
+WAITING_SECONDS = 5.0  # of a node with nothing to do, which may be there to replace another
+WAITING_HEAP_BYTES = 512 << 20  # for a rank of which nothing is known
 SPARE_SHARE = 16  # a spare has at most this part of the memory that is free
 
 
@@ -42,7 +44,7 @@ class Nursery:
         self._ready: asyncio.Future[nursery.Ready] = asyncio.get_running_loop().create_future()
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
-        self._working: tuple[int, tuple[int, ...]] = (0, ())
+        self._said: tuple[int, tuple[int, ...]] = (-1, ())  # the generation, and the pids of its ranks here
         self._spares_due = float("inf")
 
     @property
@@ -88,14 +90,13 @@ class Nursery:
 
         After a while spares are forked for those that come after them, and for a `store` where one is needed here.
         """
-        now = time.monotonic()
-        if self._working != (generation, pids):
-            self._working, self._spares_due = (generation, pids), now + SPARES_AFTER_SECONDS
-        if now < self._spares_due:
-            return
-        self._spares_due = float("inf")
-        heap_bytes = max(map(proc.heap_bytes, pids)) - proc.heap_bytes(self.pid)
-        self._post(nursery.KeepSpares(max(0, min(heap_bytes, available_bytes() // SPARE_SHARE)), store))
+        if self._are_due(generation, pids, SPARES_AFTER_SECONDS):
+            self._keep_spares(max(map(proc.heap_bytes, pids)) - proc.heap_bytes(self.pid), store=store)
+
+    def waiting(self) -> None:
+        """No rank runs here, which is to be said again and again: after a while a spare is forked for one that may."""
+        if self._ready.done() and self._are_due(0, (), WAITING_SECONDS):
+            self._keep_spares(WAITING_HEAP_BYTES, store=False)
 
     def sweep(self) -> None:
         """Kill what former forks left behind."""
@@ -113,6 +114,19 @@ class Nursery:
         if not self._ready.done():
             self._process.kill()  # it still imports: nothing is below it, and it does not listen yet
         await loop.run_in_executor(None, _finish, self._process)
+
+    def _are_due(self, generation: int, pids: tuple[int, ...], seconds: float) -> bool:
+        """Once, when this was said for so long."""
+        now = time.monotonic()
+        if self._said != (generation, pids):
+            self._said, self._spares_due = (generation, pids), now + seconds
+        if now < self._spares_due:
+            return False
+        self._spares_due = float("inf")
+        return True
+
+    def _keep_spares(self, heap_bytes: int, *, store: bool) -> None:
+        self._post(nursery.KeepSpares(max(0, min(heap_bytes, available_bytes() // SPARE_SHARE)), store))
 
     def _post(self, message: nursery.Signal | nursery.Sweep | nursery.KeepSpares) -> None:
         if self._socket is not None:

@@ -97,6 +97,15 @@ async def swept(stage: Stage) -> list[object]:
     return ["a rank's" * (rank in spares), len(stage.children())]
 
 
+async def waited(stage: Stage) -> list[object]:
+    for _ in range(2):
+        stage.nursery.waiting()
+    await until(lambda: len(stage.children()) == 1)
+    spares = stage.children()
+    rank = await stage.fork("rank")
+    return ["a rank's" * (rank in spares)]
+
+
 async def compared(stage: Stage) -> list[object]:
     await stage.spares(store=True)
     pids = [await stage.fork(name) for name in ("spare", "forked")]
@@ -109,12 +118,13 @@ SCENES: dict[str, Callable[[Stage], Awaitable[list[object]]]] = {
     "used": used,
     "killed": killed,
     "swept": swept,
+    "waited": waited,
     "compared": compared,
 }
 
 
 async def main(scene: str, directory: str) -> None:
-    forks.SPARES_AFTER_SECONDS = 0.0
+    forks.SPARES_AFTER_SECONDS = forks.WAITING_SECONDS = 0.0
     stage = Stage(Path(directory))
     stage.nursery.start([], {**os.environ}, os.getcwd())
     await stage.nursery.ready()

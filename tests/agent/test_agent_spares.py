@@ -79,6 +79,10 @@ def test_what_is_swept_up_are_not_the_spares_and_one_of_each_is_enough(tmp_path:
     assert scene("swept", tmp_path) == ["a rank's", 2]
 
 
+def test_node_that_waits_to_replace_another_has_a_spare_for_its_first_rank(tmp_path: Path) -> None:
+    assert scene("waited", tmp_path) == ["a rank's"]
+
+
 def test_a_spare_knows_nothing_of_the_run_and_gets_what_a_fork_would_get(tmp_path: Path) -> None:
     """Its environment and directory, and descriptors; none of the nursery's own."""
     (spare, forked) = scene("compared", tmp_path)
