@@ -84,6 +84,7 @@ def ended(job: Job, kill: bool) -> list[str]:
         job.start()
         if kill:
             job.hurt_last_rank(phase=0)
+            job.mend()
         return job.final_parameters()
     finally:
         job.stop()

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from launchers.job import CUTS, Finished, Job, endpoint
+from launchers.job import CUTS, WITH_A_SPARE, Finished, Job, endpoint
 
 sys.path.append(str(Path(__file__).parents[2]))  # behind all else, for the tests' network
 
@@ -24,16 +24,17 @@ class Ftrain(Job):
     name = "ftrain"
     branch = "ftrain"
     package = "ftrain"
-    hurts = ("kill", "stop", "node", "link", "link-sends", "link-hears")
+    hurts = ("kill", "stop", *WITH_A_SPARE)
     _network: Network | None = None  # of a host for each node and the spare one, where links are cut
+    _cut_off = 0  # which of them
 
     @classmethod
     def why_left_out(cls, args: argparse.Namespace) -> str | None:
-        return super().why_left_out(args) or (args.hurt in LINKS and lacking()) or None
+        return super().why_left_out(args) or (args.hurt in CUTS and lacking()) or None
 
     def prepare(self) -> None:
         super().prepare()
-        if self.args.hurt in LINKS:
+        if self.args.hurt in CUTS:
             self._network = Network(self.args.nodes + 1).__enter__()
         subprocess.run([*FTRAIN, "secret", str(self.path / "secret")], check=True, capture_output=True)
 
@@ -54,12 +55,12 @@ class Ftrain(Job):
 
     def cut(self, index: int) -> None:
         assert self._network is not None
-        self._cut = index
+        self._cut_off = index
         self._network.cut(index, LINKS[self.args.hurt])
 
     def heal(self) -> None:
         assert self._network is not None
-        self._network.heal(self._cut)
+        self._network.heal(self._cut_off)
 
     def stop(self) -> None:
         super().stop()

@@ -262,7 +262,7 @@ class Job(ABC):
         if self.args.hurt in WITH_A_SPARE:
             above = {process.pid for process in psutil.Process(victim).parents()}
             index = next(index for index, node in enumerate(self.nodes) if node.pid in above)  # maybe the spare's
-            if self.args.hurt != "node":
+            if self.args.hurt in CUTS:
                 self.cut(index)
                 return
             self._lost = self.nodes[index]

@@ -60,7 +60,7 @@ class _Sent:
 class Sender:
     """One for each agent; `ranks` and `held` (slot -> snapshot) say what there is. Lives in one event loop.
 
-    `sent` is told of each snapshot how much of a processor sending it took while others wanted it, in seconds.
+    `tell_cost` gets of each snapshot that was sent what that took of a processor that others wanted, in seconds.
     """
 
     def __init__(
@@ -69,13 +69,13 @@ class Sender:
         greeting: wire.Greet,
         ranks: Callable[[], list[Rank]],
         held: Callable[[], Mapping[int, m.Attempt]],
-        sent: Callable[[float], None],
+        tell_cost: Callable[[float], None],
     ) -> None:
         self._context = context
         self._greeting = greeting
         self._ranks = ranks
         self._held = held
-        self._sent = sent
+        self._tell_cost = tell_cost
         self._tasks: set[asyncio.Task[None]] = set()
         self._generation = 0
         self._no_room = False  # the keeper has none for snapshots
@@ -150,7 +150,7 @@ class Sender:
                 sent.snapshot = due[1]
                 taken = _native.Taken()  # of this whole loop, which meanwhile receives copies as well
                 if await self._send_snapshot(peer, sent, *due):
-                    self._sent(taken.seconds())
+                    self._tell_cost(taken.seconds())
             await asyncio.sleep(LOOK_SECONDS)
 
     async def _send_boundaries(self, peer: Wire, sent: _Sent) -> None:
