@@ -135,7 +135,9 @@ def launch(
         str, typer.Option("--wait-for-node", help="How long to wait for missing nodes, or for the coordinator.")
     ] = "10m",
     grace: Annotated[str, typer.Option("--grace", help="After SIGTERM: time to save the last step and leave.")] = "25s",
-    lease: Annotated[str, typer.Option("--lease", help="Silence after which a node counts as lost.")] = "10s",
+    lease: Annotated[
+        str, typer.Option("--lease", help="A node out of reach for so long counts as lost by then.")
+    ] = "10s",
     peer_copies: Annotated[
         str, typer.Option("--peer-copies", help="Each node's memory is backed by the next one's: on or off.")
     ] = "on",

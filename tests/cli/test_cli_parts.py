@@ -23,10 +23,10 @@ from ftrain.spec import JobSpec
 CLI = Path(running.__file__).parent
 
 
-@pytest.mark.parametrize(("lease", "heartbeat"), [(10.0, 1.0), (2.0, 0.4)])
-def test_policy_beats_several_times_in_a_lease(lease: float, heartbeat: float) -> None:
+@pytest.mark.parametrize(("lease", "heartbeat"), [(60.0, 1.0), (10.0, 1.0), (2.0, 0.2)])
+def test_policy_beats_in_a_lease_and_counts_silence_one_beat_short_of_it(lease: float, heartbeat: float) -> None:
     policy = run_policy("run", FormationPolicy(1, 1), RestartPolicy(), CheckpointPolicy(), lease, 30.0)
-    assert (policy.lease_seconds, policy.heartbeat_seconds) == (lease, heartbeat)
+    assert (policy.lease_seconds, policy.heartbeat_seconds) == (lease - heartbeat, heartbeat)
     assert policy.version == __version__
 
 
