@@ -293,5 +293,11 @@ class Wire(asyncio.BufferedProtocol):
             self._transport.pause_reading()
 
     def _check_writable(self) -> None:
-        if self._ended is not None:
-            raise ConnectionResetError(f"{self.where} hung up") from self._ended
+        error = self._ended
+        if error is None:
+            try:
+                self._transport.get_extra_info("socket").getpeername()  # the loop tells of the end some turns later
+                return
+            except OSError as reset:
+                error = reset
+        raise ConnectionResetError(f"{self.where} hung up") from error

@@ -21,6 +21,7 @@ from ftrain.core.schedule import CheckpointPolicy
 SLOTS = 3  # one holds what all go on from, one what is on other nodes or on its way there, one is being filled
 COPY_SECONDS = 10.0  # from one snapshot that is sent to the next, at the least
 COPY_PARTS = 100  # of that time, sending one may take a processor from training for one in so many
+RETURN_SECONDS = 1.0  # after all have come back from a failure, processors are for training
 SPARED_SECONDS = 10.0  # that the one sent before stays while the next one is on its way, at most
 
 
@@ -65,7 +66,7 @@ def next_sent(state: State, now: float) -> m.Attempt | None:
     read from storage.
     """
     newest, copying = state.held, state.copying
-    if newest is None or newest == copying or not _is_of_use(state, newest):
+    if newest is None or newest == copying or not _is_of_use(state, newest) or _is_too_soon(state, newest, now):
         return None
     if copying is not None and _is_of_use(state, copying) and _slots(state) >= SLOTS:
         writing = state.writing
@@ -126,6 +127,14 @@ def _is_of_use(state: State, attempt: m.Attempt) -> bool:
     """No commit is newer."""
     commits = state.history.commits
     return not commits or commits[-1][1].attempt.step <= attempt.step
+
+
+def _is_too_soon(state: State, newest: m.Attempt, now: float) -> bool:
+    """The ranks are hardly back, and what they went on from will soon be older than the next snapshot."""
+    if state.line is None or state.copying is not None:
+        return False
+    is_asked_for = not state.policy.checkpoint.snapshot_auto and newest != state.line.attempt
+    return not is_asked_for and now < state.looping_since + RETURN_SECONDS
 
 
 def _is_held(state: State, attempt: m.Attempt) -> bool:

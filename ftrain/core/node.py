@@ -276,13 +276,14 @@ def _start(turn: Turn, start: m.Start) -> None:
         halt_until=float("inf"),
         workers=dict(sorted(workers.items())),
         keeps=(),  # until it is known what of it is of the history that goes on
+        copied={},  # until the coordinator says it again: whoever is on the way back goes first
     )
     if start.line is None:
         # Nobody goes on with what arenas hold, or with an attempt of before.
         committed = start.resume.attempt.step if start.resume is not None else 0
-        turn.set(snapshot=None, saving=None, held={}, copied={}, attempt_seen=0, committed=committed, filling={})
+        turn.set(snapshot=None, saving=None, held={}, attempt_seen=0, committed=committed, filling={})
     elif start.fetch is not None and start.line.attempt is not None:
-        turn.set(held={}, copied={})  # its ranks get other arenas, with the snapshot of the line in them
+        turn.set(held={})  # its ranks get other arenas, with the snapshot of the line in them
     alive = tuple(rank for rank, worker in survivors.items() if worker.exit is None)
     if alive:
         turn.do(Continue(start, alive))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import logging
 import os
+import socket
 import ssl
+import struct
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 
@@ -321,6 +324,30 @@ async def test_keeper_without_memory_says_so_once_and_takes_no_more_snapshots(
         assert keeper.attempts(2) == keeper.attempts(3) == ()
         assert caplog.text.count("storage has to serve") == 1
         assert caplog.text.count("takes no copies of snapshots") == 1
+
+
+async def test_who_sends_notices_a_reset_at_once_and_writes_nothing_after_it(caplog: pytest.LogCaptureFixture) -> None:
+    """Though the loop has had no turn yet to tell of the connection's end."""
+    accepted: list[asyncio.Transport] = []
+
+    def protocol() -> peer_wire.Wire:
+        return peer_wire.Wire(lambda _wire, transport: accepted.append(transport))
+
+    server = await asyncio.get_running_loop().create_server(protocol, ADDRESS, 0, ssl=SECRET.server_context())
+    peer = m.Peer("keeper", ADDRESS, server.sockets[0].getsockname()[1])
+    async with server, peer_wire.connect(SECRET.client_context(), peer, peer_wire.Greet("run", "own")) as wire:
+        await until(lambda: accepted)
+        reset(accepted[0].get_extra_info("socket"))
+        with pytest.raises(ConnectionResetError):
+            await send_chunks(wire, IMAGE[: peer_wire.CHUNK_BYTES] * 10)
+        accepted[0].abort()
+    assert not [record for record in caplog.records if record.name == "asyncio"]
+
+
+def reset(connection: socket.socket) -> None:
+    """Have the kernel end it, as when its process is killed."""
+    nowhere = struct.pack("=H14x", socket.AF_UNSPEC)
+    assert ctypes.CDLL(None).connect(connection.fileno(), nowhere, len(nowhere)) == 0
 
 
 async def test_keeper_that_is_gone_cannot_be_fetched_from() -> None:

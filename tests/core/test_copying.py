@@ -22,9 +22,10 @@ PACE = schedule.PACE_SECONDS_MIN
 
 
 class Scene(scenes.Scene):
-    """Two nodes of one rank each, a step each second, whose ranks and keepers say what they have."""
+    """Two nodes of one rank each whose ranks and keepers say what they have."""
 
     sending_seconds = 0.0  # of a processor, that a copy took of each node
+    step_seconds = 1.0
 
     def __init__(
         self, shards: Sequence[str] = "xy", slots: int = 3, peer_port: int = 7, policy: CheckpointPolicy = AUTO
@@ -52,8 +53,9 @@ class Scene(scenes.Scene):
         fields |= {"sending_seconds": self.sending_seconds}
         return self.report(node, ranks=(rank,), looping=True, first_step=0, held=held, keeps=keeps, **fields)
 
-    def next_step(self, seconds: float = 1.0) -> list[str]:
+    def next_step(self, seconds: float = 0.0) -> list[str]:
         """All ranks finish a step."""
+        seconds = seconds or self.step_seconds
         lines = self.wait(seconds / 2)
         self.now += seconds / 2
         self.step += 1
@@ -196,9 +198,8 @@ def test_node_that_was_away_is_told_again_what_to_send() -> None:
     assert "a <- Copy" in scene.hello("a", scene.state.reports["a"])
 
 
-def test_what_all_went_on_from_goes_to_the_keepers_of_the_new_generation() -> None:
-    """A node that took the place of a lost one has it from a keeper, and is nobody's copy of it."""
-    scene = Scene()
+def came_back(scene: Scene) -> m.Attempt:
+    """A rank was lost, and all go on from a snapshot in memory, which is returned; only node b has yet to say so."""
     first = scene.snapshot().attempt
     scene.kept = (first,)
     scene.next_step()
@@ -206,13 +207,41 @@ def test_what_all_went_on_from_goes_to_the_keepers_of_the_new_generation() -> No
     gone = m.RankExit(0, 0, 7, 1, 9, scene.step, 3, kept=kept, shard="x")
     left = m.RunningRank(1, 0, 7, scene.step, 3, True, halted=True, live=scene.step, kept=kept, shard="y", looped=True)
     scene.report("a", exits=(gone,), stopped=True, held=held)
-    assert "continues at 1 from arena, 1 kept, 1 new" in scene.report("b", ranks=(left,), halted=True, held=held)
+    lines = scene.report("b", ranks=(left,), halted=True, held=held)
+    assert f"continues at {first.step} from arena, 1 kept, 1 new" in lines
     scene.stored()
     scene.say("a", m.StoreReady(scene.state.number, "10.0.0.1", 29400))
     scene.kept, scene.step = (), first.step
+    scene.wait(copying.RETURN_SECONDS)
     assert "a <- Copy" not in scene.steps("a", first.step), "the other one has not come to its loop yet"
-    assert "a <- Copy" in scene.steps("b", first.step)
+    return first
+
+
+@pytest.mark.parametrize("given", [AUTO, CheckpointPolicy(0, 3600.0, snapshot_steps=2)])
+def test_what_all_went_on_from_goes_to_the_keepers_of_the_new_generation_soon(given: CheckpointPolicy) -> None:
+    """A node that took the place of a lost one has it from a keeper, and is nobody's copy of it."""
+    scene = Scene(policy=given)
+    first = came_back(scene)
+    scene.steps("b", first.step)
+    scene.wait(0.9 * copying.RETURN_SECONDS)
+    assert scene.sent == [first], "who has just come back wants the processors"
+    scene.wait(0.1 * copying.RETURN_SECONDS)
     assert scene.sent == [first, first]
+
+
+@pytest.mark.parametrize("asked_for", [False, True])
+def test_next_snapshot_is_sent_at_once_after_a_return_only_if_it_was_asked_for(asked_for: bool) -> None:
+    given = CheckpointPolicy(0, 3600.0, snapshot_steps=2) if asked_for else AUTO
+    scene = Scene(policy=given)
+    first = came_back(scene)
+    scene.steps("b", first.step)
+    back = scene.now
+    scene.step_seconds = 0.05
+    newest = scene.snapshot().attempt
+    assert scene.now < back + copying.RETURN_SECONDS
+    assert scene.sent == ([first, newest] if asked_for else [first])
+    scene.wait(copying.RETURN_SECONDS)
+    assert scene.sent == [first, newest]
 
 
 def test_copies_that_take_long_stop_no_snapshot_for_longer_than_they_are_worth() -> None:

@@ -360,6 +360,22 @@ def test_slot_that_the_run_would_go_on_from_is_not_filled_again() -> None:
     assert scene.say(m.Arm(1, third, persist=False, stays=(first,))) == ["arm 8 slot 1"]
 
 
+def test_snapshot_that_the_run_goes_on_from_is_held_and_not_sent_before_the_coordinator_says_so_again() -> None:
+    scene = test_node.Scene().looping()
+    first = m.Attempt(1, 4, 1)
+    scene.say(m.Arm(1, first, persist=False))
+    scene.do(node.Armed(first, True, 1))
+    for rank in (2, 3):
+        scene.do(node.WorkerSaid(rank, local.WorkerSealed(1, m.Cost(0.0))))
+    scene.say(m.Copy(1, first))
+    assert scene.state.copied == {0: first}
+    survivors(scene)
+    scene.say(in_place(2, 3))
+    assert (scene.state.held, scene.state.copied) == ({0: first}, {})
+    scene.say(m.Copy(1, first))
+    assert scene.state.copied == {0: first}
+
+
 def test_attempt_of_the_generation_before_is_still_persisted() -> None:
     scene = test_node.Scene().armed()
     for rank in (2, 3):
