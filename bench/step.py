@@ -13,15 +13,14 @@ import os
 import platform
 import pstats
 import subprocess
-import sys
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from launchers.ftrain import FTRAIN
 
 SCRIPT = Path(__file__).parent / "scripts" / "empty_steps.py"
-FTRAIN = (sys.executable, "-m", "ftrain.cli.main", "launch")
 SHOWN = 14  # functions
 
 
@@ -29,7 +28,7 @@ def run(directory: Path, args: argparse.Namespace) -> tuple[float, pstats.Stats]
     """Seconds a step without a profiler, and the profile of as many steps."""
     saving = ("--checkpoint-every", "off", "--snapshot-every", args.snapshot_every)
     flags = ("--records", str(directory), "--steps", str(args.steps), "--layers", str(args.layers))
-    command = [*FTRAIN, "--run-dir", str(directory / "run"), *saving, str(SCRIPT), *flags]
+    command = [*FTRAIN, "launch", "--run-dir", str(directory / "run"), *saving, str(SCRIPT), *flags]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     return json.loads((directory / "seconds.json").read_text()), pstats.Stats(str(directory / "profile"))
 
